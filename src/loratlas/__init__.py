@@ -1,0 +1,54 @@
+"""LoRAtlas: parameter-efficient fine-tuning methods of the literature, native to Hugging Face PEFT.
+
+Importing the package makes every adapter type known to PEFT. Only under the `loratlas` command that waits until a
+command needs it, so that `loratlas --help` does not load torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from loratlas.adapters.lora import AtlasLoraConfig
+    from loratlas.adapters.srlora import SRLoraConfig
+    from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
+    from loratlas.errors import UserError
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AtlasLoraConfig",
+    "Lifecycle",
+    "LifecycleCallback",
+    "SRLoraConfig",
+    "UserError",
+    "__version__",
+    "attach",
+]
+
+_HOMES = {
+    "AtlasLoraConfig": "loratlas.adapters.lora",
+    "SRLoraConfig": "loratlas.adapters.srlora",
+    "Lifecycle": "loratlas.engine.lifecycle",
+    "LifecycleCallback": "loratlas.engine.lifecycle",
+    "attach": "loratlas.engine.lifecycle",
+    "UserError": "loratlas.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def register_adapters() -> None:
+    """Make every adapter type of the library known to PEFT; `import loratlas` does it."""
+    for home in sorted(set(_HOMES.values())):
+        importlib.import_module(home)
+
+
+if "loratlas_command" not in sys.modules:
+    register_adapters()

@@ -1,0 +1,100 @@
+"""LoRA and its PiSSA start: the baselines of everything.
+
+LoRA (arXiv 2106.09685):     W' = W + s B A,                 A ~ kaiming uniform, B = 0
+PiSSA (arXiv 2404.02948):    W' = W + s (B A - B* A*),       s B* A* = the top-r part of the SVD of W
+
+PiSSA's paper moves s B* A* out of W. Here W stays as it is and the update is kept in difference form (see
+`engine.pairs`): the same function and the same gradients, exact on disable, on reload and on quantised bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor, nn
+
+from loratlas.engine import pairs
+from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.registry import adapter
+from loratlas.linalg.svd import numerical_rank, top_svd
+
+
+class Lora(LowRankMethod):
+    name = "lora"
+    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    params = pairs.TENSORS
+    buffers = pairs.STARTS
+
+    def scale(self, cfg: AtlasLoraConfig, r: int, alpha: float | None) -> float:
+        if alpha is None:
+            return 1.0
+        return alpha / (r**0.5 if cfg.use_rslora else r)
+
+    def shapes(self, cfg: AtlasLoraConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+        every = pairs.shapes(r, n_in, n_out)
+        return every if cfg.init_weights == "pissa" else {name: every[name] for name in pairs.TENSORS}
+
+    def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
+        if t.cfg.init_weights == "pissa":
+            if t.r > min(t.op.shape):
+                return min(t.op.shape)
+            matrix = weight()
+            u, s, vh = top_svd(matrix, t.r, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
+            usable = max(1, numerical_rank(s, *matrix.shape))
+            if usable < t.r:
+                return usable
+            pairs.start(t, *pairs.principal_factors(u, s, vh, t.scaling))
+        else:
+            random_start(t.A, t.B, embedding=t.op.kind == "embedding", identity=t.cfg.init_weights is True)
+        return None
+
+    def factors(self, t: View) -> Factors:
+        return pairs.difference(t)
+
+
+def random_start(a: Tensor, b: Tensor, *, embedding: bool, identity: bool) -> None:
+    """LoRA's start from torch's global generator: for the same seed the very start of PEFT's LoRA.
+
+    PEFT builds whole layers, which draw once, and then draws again for the start; the same draws are made here in the
+    same order. In an embedding A is the zero factor, or the rows that are never looked up would stay random for ever.
+    With identity False neither factor is zero.
+    """
+    draw = nn.init.normal_ if embedding else partial(nn.init.kaiming_uniform_, a=5**0.5)
+    draw(a)
+    draw(b)
+    if identity:
+        draw(b if embedding else a)
+        nn.init.zeros_(a if embedding else b)
+
+
+@adapter(Lora())
+@dataclass
+class AtlasLoraConfig(AtlasConfig):
+    """Plain LoRA on the engine, with PiSSA's start as an option.
+
+    Scaling s = alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). The defaults are those of PEFT's
+    LoraConfig, r = 8 and lora_alpha = 8; lora_alpha None means s = 1.
+
+    Raises:
+        UserError: a field is out of its range.
+    """
+
+    lora_alpha: float | None = knob(8, "Numerator of the scaling alpha / r, as in PEFT; None means a scaling of 1.")
+    init_weights: bool | str = knob(
+        True,
+        "True: A kaiming uniform, B zero. 'pissa': top-r singular directions of W. False: both random (for tests).",
+    )
+    use_rslora: bool = knob(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
+    svd_method: str = knob("auto", "SVD of the PiSSA start: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
+    svd_niter: int = knob(8, "Power iterations of svd_method='lowrank'.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.init_weights in (True, False, "pissa"), "init_weights", "True, False or 'pissa'")
+        self._require(
+            self.svd_method in ("auto", "full", "gram", "lowrank"), "svd_method", "auto, full, gram or lowrank"
+        )
+        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")

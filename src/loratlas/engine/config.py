@@ -1,0 +1,116 @@
+"""`AtlasConfig`: the fields that every adapter of the library shares. Names and meanings are PEFT's."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+
+from loratlas.errors import UserError
+
+
+def knob(default: Any, help: str, **extra: Any) -> Any:
+    """A dataclass field whose help text the command line and the docs show."""
+    if isinstance(default, (dict, list)):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help, **extra})
+    return field(default=default, metadata={"help": help, **extra})
+
+
+@dataclass
+class AtlasConfig(PeftConfig):
+    """Fields shared by all adapters. A method's config adds its own and sets `peft_type` through `registry.adapter`.
+
+    Raises:
+        UserError: a field is out of its range; the message names the field.
+    """
+
+    r: int = knob(8, "Rank of the update: number of rank-one pairs that train in each layer.")
+    lora_alpha: float | None = knob(None, "Numerator of the scaling alpha / r; None means alpha = r, a scaling of 1.")
+    lora_dropout: float = knob(0.0, "Dropout on the input of the adapter branch.")
+    target_modules: list[str] | str | None = knob(
+        None, "Modules to adapt: name suffixes, a regular expression, or 'all-linear'."
+    )
+    exclude_modules: list[str] | str | None = knob(None, "Modules to leave alone, given like target_modules.")
+    layers_to_transform: list[int] | int | None = knob(None, "Adapt only the layers with these indices.")
+    layers_pattern: list[str] | str | None = knob(None, "Name of the layer list that layers_to_transform indexes.")
+    rank_pattern: dict[str, int] = knob({}, "Ranks of single modules: {name or regular expression: r}.")
+    alpha_pattern: dict[str, float] = knob({}, "lora_alpha of single modules: {name or regular expression: alpha}.")
+    modules_to_save: list[str] | None = knob(None, "Further modules that train in full and are saved along.")
+    bias: str = knob("none", "Which biases train: 'none', 'all' or 'atlas_only' (those of the adapted layers).")
+    init_weights: bool | str = knob(
+        True, "True: the method's own start. False: a random start that changes the output (for tests)."
+    )
+    seed: int = knob(0, "Seed of every random choice that the method makes itself.")
+    initialized: bool = knob(
+        False, "Set in saved adapters: the tensors come from the file, so the start is not computed again."
+    )
+    requires_package: str = knob("loratlas", "Package to import before PEFT can load this adapter.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, list):
+                setattr(self, name, set(value))
+        self._require(isinstance(self.r, int) and self.r >= 1, "r", "an integer of at least 1")
+        self._require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "positive")
+        self._require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "in [0, 1)")
+        self._require(self.bias in ("none", "all", "atlas_only"), "bias", "'none', 'all' or 'atlas_only'")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise UserError("layers_pattern says where layers_to_transform counts: set layers_to_transform as well.")
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise UserError("layers_to_transform needs target_modules to be a list of names, not a regular expression.")
+
+    def _require(self, holds: bool, name: str, what: str) -> None:
+        if not holds:
+            raise UserError(f"{type(self).__name__}: {name} must be {what}, but it is {getattr(self, name)!r}.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        # PEFT sets inference_mode while it saves a model with its tensors, and only then: a config saved alone must
+        # still compute its start when it is used.
+        before = self.initialized
+        self.initialized = before or self.inference_mode
+        try:
+            super().save_pretrained(save_directory, **kwargs)
+        finally:
+            self.initialized = before
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        # PEFT reads the config first and the tensors long after: the one place where a damaged file can be named
+        # before a model has been changed.
+        path = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if os.path.isfile(path):
+            check_safetensors(path)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+
+
+def check_safetensors(path: str | os.PathLike[str]) -> None:
+    """Raise `UserError` unless the file's header is readable and its length is the one that the header announces."""
+    file = Path(path)
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if size < 8 or length > size - 8:
+            raise UserError(f"{file} is cut short ({size} bytes, no complete header): save or copy the adapter again.")
+        try:
+            header = json.loads(handle.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+            raise UserError(f"{file} is damaged (unreadable header): save or copy the adapter again.") from None
+    expected = 8 + length + max(ends, default=0)
+    if size != expected:
+        raise UserError(f"{file} is damaged ({size} bytes instead of {expected}): save or copy the adapter again.")
+
+
+def warn_once(message: str, seen: set[str]) -> None:
+    """Warn unless `seen` already holds `message`: one sentence for many layers that share a condition."""
+    if message not in seen:
+        seen.add(message)
+        warnings.warn(message, stacklevel=3)

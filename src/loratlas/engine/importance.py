@@ -1,0 +1,42 @@
+"""Sensitivity x uncertainty scores with moving averages (AdaLoRA, arXiv 2303.10512, eqs. 8-10; SRLoRA eqs. 3-6).
+
+    I    = |P * dL/dP|                               sensitivity of one entry
+    Ibar = beta1 Ibar + (1 - beta1) I                its moving average
+    Q    = beta2 Q + (1 - beta2) |I - Ibar|          uncertainty, with the Ibar just updated
+    s    = Ibar * Q
+
+The averages start at 0 and are not bias-corrected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def update_importance(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    average: Sequence[Tensor],
+    uncertainty: Sequence[Tensor],
+    beta1: float,
+    beta2: float,
+) -> None:
+    """Update Ibar (`average`) and Q (`uncertainty`) in place. All lists run in parallel; one kernel a list, no loop."""
+    sensitivity = list(torch._foreach_mul(list(params), list(grads)))
+    torch._foreach_abs_(sensitivity)
+    torch._foreach_lerp_(list(average), sensitivity, 1.0 - beta1)
+    torch._foreach_sub_(sensitivity, list(average))
+    torch._foreach_abs_(sensitivity)
+    torch._foreach_lerp_(list(uncertainty), sensitivity, 1.0 - beta2)
+
+
+def pair_scores(average_a: Tensor, uncertainty_a: Tensor, average_b: Tensor, uncertainty_b: Tensor) -> Tensor:
+    """Score of each rank-one pair: S_k = mean_i s(B)_ik + mean_j s(A)_kj.
+
+    average_a, uncertainty_a: (r, in); average_b, uncertainty_b: (out, r). Returns (r,).
+    """
+    return (average_b * uncertainty_b).mean(0) + (average_a * uncertainty_a).mean(1)

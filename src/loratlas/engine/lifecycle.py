@@ -1,0 +1,223 @@
+"""Per-step method logic for plain loops and for transformers' Trainer.
+
+    lifecycle = attach(model, optimizer, total_steps=1000)      # plain loop; nothing else changes
+    Trainer(..., callbacks=[LifecycleCallback()])               # Trainer, and therefore TRL
+
+Methods act inside `optimizer.step()`: before it, when gradients are accumulated, all-reduced, unscaled and (as in
+Trainer) clipped; after it, when parameters have moved. A step that a GradScaler skips is no step. Everything is
+written in place, so optimizers and DDP buckets stay valid.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback
+
+from loratlas.engine.method import Method, View
+from loratlas.engine.model import atlas_layers
+from loratlas.errors import UserError
+
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, Lifecycle] = weakref.WeakKeyDictionary()
+
+
+class StepContext:
+    """What a method sees of the training step.
+
+    Attributes:
+        step: number of the current optimizer step, from 1; it continues where a saved adapter stopped.
+        total_steps: planned number of steps, 0 if unknown. A resumed run keeps the number first planned.
+        optimizer: the torch optimizer.
+        scratch: a dictionary for what `before_step` leaves for `after_step`.
+    """
+
+    def __init__(self, optimizer: Optimizer, step: int, total_steps: int) -> None:
+        self.optimizer = optimizer
+        self.step = step
+        self.total_steps = total_steps
+        self.scratch: dict[Any, Any] = {}
+        self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+    def generator(self, seed: int) -> torch.Generator:
+        """A CPU generator that depends on (seed, step) only."""
+        return torch.Generator().manual_seed((seed * 1_000_003 + self.step) % 2**63)
+
+    def group(self, param: Tensor) -> dict[str, Any]:
+        """The optimizer's parameter group that holds `param`."""
+        return self._groups[id(param)]
+
+    def state(self, param: Tensor) -> dict[str, Any]:
+        """The optimizer's state of `param`, empty before its first step."""
+        return self.optimizer.state.get(param, {})
+
+    def reset_state(self, param: Tensor, dim: int, index: Tensor) -> None:
+        """Zero the slices `index` along `dim` of every state tensor shaped like `param` (moments, momentum)."""
+        for value in self.state(param).values():
+            if isinstance(value, Tensor) and value.shape == param.shape:
+                value.index_fill_(dim, index.to(value.device), 0)
+
+    def agree(self, choice: Tensor) -> Tensor:
+        """`choice` as rank 0 has it: ties and rounding may not split the ranks of a distributed run."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            choice = choice.contiguous()
+            torch.distributed.broadcast(choice, src=0)
+        return choice
+
+
+class Lifecycle:
+    """The hooks on one optimizer; made by `attach`. `remove()` takes them off again."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None, restart: bool) -> None:
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.groups = _collect(model, held)
+        views = [view for _, group in self.groups for view in group]
+        self._clocks = [(view.step, view.total_steps) for view in views]
+        if restart:
+            _fill(self._clocks, 0, 0)
+        step, planned = (int(value) for value in self._clocks[0]) if self._clocks else (0, 0)
+        # the plan of an interrupted run stands: another total on resume would move events that have already happened
+        total = planned if step > 0 and planned > 0 else int(total_steps or 0)
+        self.context = StepContext(optimizer, step, total)
+        for method, group in self.groups:
+            method.check_training(group, self.context)
+        _fill(self._clocks, step, total)
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+        if any(method.overrides("extra_loss") for method, _ in self.groups):
+            self._handles.append(model.register_forward_hook(self._add_losses))
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done, counted from the adapter's first training."""
+        return self.context.step
+
+    @torch.no_grad()
+    def _before(self, optimizer: Optimizer, *_: Any) -> None:
+        self.context.step += 1
+        self.context.scratch.clear()
+        if not self._gradients_usable(optimizer):
+            self.context.step -= 1
+            self.context.scratch["skipped"] = True
+            return
+        for method, views in self.groups:
+            method.before_step(views, self.context)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        if self.context.scratch.pop("skipped", False):
+            return
+        for method, views in self.groups:
+            method.after_step(views, self.context)
+        if self._clocks:
+            torch._foreach_add_([step for step, _ in self._clocks], 1)
+
+    @staticmethod
+    def _gradients_usable(optimizer: Optimizer) -> bool:
+        # Optimizers that take a GradScaler's scale into their own step (fused Adam on CUDA) run even when gradients
+        # overflowed, and drop the update inside.
+        found = getattr(optimizer, "found_inf", None)
+        return found is None or float(found) == 0.0
+
+    def _add_losses(self, model: nn.Module, args: Any, output: Any) -> Any:
+        loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+        if loss is not None:
+            terms = [term for method, views in self.groups if (term := method.extra_loss(views)) is not None]
+            output["loss"] = loss + sum(terms)
+        return output
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _ATTACHED.pop(self.context.optimizer, None)
+
+
+def attach(
+    model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, *, restart: bool = False
+) -> Lifecycle:
+    """Let the adapters of `model` act at every step of `optimizer`. Call it once, before the first step.
+
+    Calling it again with the same optimizer returns the same `Lifecycle`. Models without our adapters, and methods
+    that do nothing while training, are fine: there is then nothing to do. An adapter loaded from a checkpoint
+    continues its plan.
+
+    Args:
+        model: the PEFT model (or any module that contains it).
+        optimizer: a torch optimizer that holds the adapter's parameters; accelerate's wrapper is unwrapped.
+        total_steps: number of optimizer steps of the whole run; methods with a schedule need it.
+        restart: start the plan of a trained adapter anew, for a further stage of training.
+
+    Raises:
+        UserError: not a torch optimizer, adapters missing from it, or a run that the method cannot work with.
+    """
+    inner = optimizer
+    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    if not isinstance(inner, Optimizer):
+        raise UserError(
+            f"attach needs a torch.optim.Optimizer, but got {type(optimizer).__name__}; engines that hide parameters "
+            "from the optimizer (DeepSpeed) are not supported."
+        )
+    if inner not in _ATTACHED:
+        _ATTACHED[inner] = Lifecycle(model, inner, total_steps, restart)
+    return _ATTACHED[inner]
+
+
+class LifecycleCallback(TrainerCallback):
+    """`attach` for transformers' Trainer: pass it in `callbacks`.
+
+    Args:
+        restart: as in `attach`.
+    """
+
+    def __init__(self, restart: bool = False) -> None:
+        self.restart = restart
+        self.lifecycle: Lifecycle | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        total = state.max_steps
+        self.lifecycle = attach(kwargs["model"], kwargs["optimizer"], total_steps=total, restart=self.restart)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.lifecycle is not None:
+            self.lifecycle.remove()
+
+
+def gradient(param: Tensor, ctx: StepContext) -> Tensor | None:
+    """The gradient that the step is about to use, or None; unscaled where the optimizer would do that itself."""
+    scale = getattr(ctx.optimizer, "grad_scale", None)
+    return param.grad if scale is None or param.grad is None else param.grad / scale
+
+
+def _collect(model: nn.Module, held: set[int]) -> list[tuple[Method, list[View]]]:
+    """Trainable adapters by (method, adapter name), each with its layers in module order."""
+    groups: dict[tuple[str, str], tuple[Method, list[View]]] = {}
+    for path, layer in atlas_layers(model):
+        if not layer.method.has_lifecycle():
+            continue
+        for adapter in layer.adapters():
+            view = View(layer, adapter)
+            params = [getattr(view, name) for name in layer.method.params]
+            trainable = [p for p in params if p is not None and p.requires_grad]
+            if not trainable:
+                continue
+            if not all(id(p) in held for p in trainable):
+                raise UserError(
+                    f"the optimizer does not hold the tensors of adapter {adapter!r} in {path}: build the optimizer "
+                    "after get_peft_model, from model.parameters()."
+                )
+            groups.setdefault((layer.method.name, adapter), (layer.method, []))[1].append(view)
+    return list(groups.values())
+
+
+def _fill(clocks: Sequence[tuple[Tensor, Tensor]], step: int, total: int) -> None:
+    for own_step, own_total in clocks:
+        own_step.fill_(step)
+        own_total.fill_(total)

@@ -1,0 +1,194 @@
+"""The contract between a method and the engine.
+
+A method is a small stateless class in one file. It names its tensors and says how they start and what they do to the
+weight; the engine makes layers, models, PEFT registration, merging, saving, several adapters and exports out of that.
+
+    class MyMethod(LowRankMethod):
+        name = "my-method"
+        params = ("A", "B")
+
+        def shapes(self, cfg, r, n_in, n_out): return {"A": (r, n_in), "B": (n_out, r)}
+        def init(self, t, weight): nn.init.kaiming_uniform_(t.A, a=5**0.5)
+        def factors(self, t): return Factors(down=t.A, up=t.B * t.scaling)
+
+Everything a method must remember is a tensor in `params` or `buffers`, so that checkpoints, device moves and resume
+work by themselves. Weights are seen as one canonical (out, in) matrix whatever the layer kind (see `ops`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from loratlas.engine.layer import AtlasLayer
+    from loratlas.engine.lifecycle import StepContext
+    from loratlas.engine.ops import Op
+
+
+class View:
+    """One adapter's tensors on one layer, as a method sees them: `t.A`, `t.B`, ... and the facts around them.
+
+    Attributes:
+        cfg: the adapter's config.
+        r: rank in this layer (after rank_pattern).
+        scaling: the factor s of this layer.
+        op: the layer kind's view of its weight; `op.shape` is the canonical (out, in).
+        layer, adapter: where the tensors live; methods do not store anything on them.
+
+    A tensor that the method declares but that `shapes` left out for this config reads as None.
+    """
+
+    def __init__(self, layer: AtlasLayer, adapter: str) -> None:
+        self.layer = layer
+        self.adapter = adapter
+        self.cfg: Any = layer.atlas_config[adapter]
+        self.r: int = layer.atlas_r[adapter]
+        self.scaling: float = layer.atlas_scaling[adapter]
+        self.op: Op = layer.op
+
+    def __getattr__(self, name: str) -> Any:
+        store = self.layer.store(name)
+        # BufferDict has no `get`
+        return store[self.adapter] if self.adapter in store else None  # noqa: SIM401
+
+    def grow(self, name: str, value: Tensor) -> None:
+        """Replace a buffer by one of another shape. Parameters never change shape: optimizers hold them by identity."""
+        if name not in self.layer.method.growing:
+            raise AttributeError(f"{name} of {self.layer.method.name} is not declared in `growing`")
+        self.layer.store(name)[self.adapter] = value
+
+
+class Factors(NamedTuple):
+    """A weight update in low-rank form, `delta = up @ down + frozen_up @ frozen_down`, scaling folded in.
+
+    down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in) and
+    frozen_up: (out, f) do not. All in the adapter's dtype.
+    """
+
+    down: Tensor
+    up: Tensor
+    frozen_down: Tensor | None = None
+    frozen_up: Tensor | None = None
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        """(down, up) of the whole update: (k + f, in) and (out, k + f)."""
+        if self.frozen_down is None or self.frozen_up is None:
+            return self.down, self.up
+        return torch.cat((self.down, self.frozen_down)), torch.cat((self.up, self.frozen_up), dim=1)
+
+
+class Method:
+    """Base of all weight-space methods; override what the method needs.
+
+    Class attributes:
+        name: slug in the catalogue; the PEFT type is ATLAS_<NAME>.
+        kinds: layer kinds that are supported, of "linear", "conv1d", "conv2d", "embedding".
+        params: trainable tensors; their names are the checkpoint names.
+        buffers: frozen tensors that travel with the adapter.
+        growing: the buffers that may change shape while training.
+        derived: tensors computed from the others by `derive`; never saved.
+        additive: False for W' = f(W); then `merged` replaces `delta_weight`.
+    """
+
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d")
+    params: ClassVar[tuple[str, ...]] = ()
+    buffers: ClassVar[tuple[str, ...]] = ()
+    growing: ClassVar[tuple[str, ...]] = ()
+    derived: ClassVar[tuple[str, ...]] = ()
+    additive: ClassVar[bool] = True
+
+    def scale(self, cfg: Any, r: int, alpha: float | None) -> float:
+        """The scaling s of a layer: alpha / r, and 1 when no alpha is given."""
+        return 1.0 if alpha is None else alpha / r
+
+    def shapes(self, cfg: Any, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
+        """{tensor name: shape} of everything in `params` and `buffers` that this config uses."""
+        raise NotImplementedError
+
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """{buffer name: dtype} of the buffers that are not floating point."""
+        return {}
+
+    def on_host(self, cfg: Any) -> tuple[str, ...]:
+        """Buffers that stay in CPU memory wherever the layer is (large and rarely read)."""
+        return ()
+
+    def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
+        """Give the tensors (all zeros) their start. `weight()` is the base weight, (out, in), fp32 or fp64.
+
+        Returning an integer below `t.r` says that the layer has only that many useful pairs: the engine makes the
+        tensors anew at that rank, warns, records it in `rank_pattern` and calls `init` again.
+        """
+        raise NotImplementedError
+
+    def derive(self, t: View, weight: Callable[[], Tensor]) -> None:
+        """Recompute the `derived` tensors; called after the start, after loading and by the method itself."""
+
+    def delta(self, t: View, x: Tensor) -> Tensor:
+        """Output of the adapter branch for layer input x; the dtype is that of x."""
+        raise NotImplementedError
+
+    def delta_weight(self, t: View) -> Tensor:
+        """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
+        raise NotImplementedError
+
+    def merged(self, t: View, weight: Tensor) -> Tensor:
+        """W' for the (out, in) weight W in fp32 or fp64."""
+        return weight + self.delta_weight(t).to(weight.dtype)
+
+    # Called by `lifecycle` once an optimizer step with gradients complete (accumulated, all-reduced, unscaled), for
+    # all layers at once so that a method can batch its arithmetic (torch._foreach_*).
+
+    def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
+
+    def after_step(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Runs after the optimizer's step; may rewrite parameters in place and treat optimizer state (`ctx`)."""
+
+    def check_training(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Raise `UserError` if this run cannot work (no total_steps, an optimizer that does not fit)."""
+
+    def extra_loss(self, views: Sequence[View]) -> Tensor | None:
+        """A term added to the model's loss."""
+        return None
+
+    @classmethod
+    def overrides(cls, hook: str) -> bool:
+        return getattr(cls, hook) is not getattr(Method, hook)
+
+    @classmethod
+    def has_lifecycle(cls) -> bool:
+        """Whether `lifecycle.attach` has anything to do for this method."""
+        return any(cls.overrides(hook) for hook in ("before_step", "after_step", "extra_loss"))
+
+
+class LowRankMethod(Method):
+    """A method whose update is a product of thin factors: it only says which ones.
+
+    `factors` gives the forward (through the fused op where the layer allows it), the merged weight and an exact export
+    to a plain LoRA.
+    """
+
+    def factors(self, t: View) -> Factors:
+        """The update of one layer in low-rank form."""
+        raise NotImplementedError
+
+    def working(self, t: View) -> tuple[Tensor, Factors] | None:
+        """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
+
+        Must equal W plus `factors`; saves the forward the frozen part of the update.
+        """
+        return None
+
+    def delta(self, t: View, x: Tensor) -> Tensor:
+        down, up = self.factors(t).joined()
+        return t.op.low_rank(x, down, up)
+
+    def delta_weight(self, t: View) -> Tensor:
+        down, up = self.factors(t).joined()
+        return up @ down

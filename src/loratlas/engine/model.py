@@ -1,0 +1,227 @@
+"""`AtlasModel`: PEFT's tuner over `AtlasLayer`s. Method-agnostic; `registry.adapter` makes one subclass a method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
+from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from loratlas.engine.config import AtlasConfig, warn_once
+from loratlas.engine.layer import BASE, AtlasLayer
+from loratlas.engine.method import Method
+from loratlas.engine.ops import kind_of
+from loratlas.errors import UserError
+
+
+class AtlasModel(BaseTuner):
+    """Injects a method's layers. Use it through `peft.get_peft_model(model, config)`."""
+
+    method: ClassVar[Method]
+    layer_classes: ClassVar[dict[str, type[AtlasLayer]]]
+    tuner_layer_cls = AtlasLayer
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._warned: set[str] = set()
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            candidates = ", ".join(self._candidates(model)) or "none"
+            raise NoMatchingPeftModuleError(f"{error} Names that {self.method.name} can adapt: {candidates}.") from None
+
+    def _candidates(self, model: nn.Module) -> list[str]:
+        quantization = get_quantization_kwargs(self)
+        return sorted(
+            {
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if kind_of(module, quantization) in self.layer_classes
+            }
+        )
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        config: AtlasConfig = peft_config
+        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
+        is_new = not isinstance(target, AtlasLayer)
+        layer = target if isinstance(target, AtlasLayer) else self._wrap(target, current_key)
+        try:
+            r = layer.update_layer(adapter_name, config, wanted, alpha)
+        except UserError as error:
+            raise UserError(f"module {current_key}: {error}") from None
+        if r < wanted:
+            n_out, n_in = layer.op.shape
+            warn_once(
+                f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
+                f"{n_in}); this module uses r={r}.",
+                self._warned,
+            )
+            config.rank_pattern = {f"^{current_key}": r, **config.rank_pattern}
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        if is_new:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+            layer.keep_on_host()  # PEFT moves every container to the weight's device
+        else:
+            layer.set_adapter(layer.active_adapters, inference_mode=config.inference_mode)
+
+    def _wrap(self, target: nn.Module, key: str) -> AtlasLayer:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        quantization = get_quantization_kwargs(self)
+        kind = kind_of(base, quantization)
+        if kind not in self.layer_classes:
+            kinds = ", ".join(self.layer_classes)
+            raise UserError(
+                f"module {key} is a {type(base).__name__}, which {self.method.name} cannot adapt (it adapts: "
+                f"{kinds}): take it out of target_modules or add it to exclude_modules."
+            )
+        try:
+            layer = self.layer_classes[kind](target, quantization)
+        except UserError as error:
+            raise UserError(f"module {key}: {error}") from None
+        layer.set_adapter(self.active_adapters)
+        return layer
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # Adapters are born in fp32. autocast_adapter_dtype=False asks for the base's dtype instead; all floating
+        # tensors take it together, so that differences between a tensor and its start remain exactly zero.
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for _, layer in atlas_layers(self, adapter_name):
+            _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+            if not autocast_adapter_dtype and dtype is not None and dtype.is_floating_point:
+                for name in (*layer.method.params, *layer.buffer_names()):
+                    store = layer.store(name)
+                    if adapter_name in store and store[adapter_name].is_floating_point():
+                        store[adapter_name] = store[adapter_name].to(dtype)
+            layer.derive(adapter_name)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hands `adapter_names` (one adapter a sample) to every adapted layer for the time of one forward."""
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        known = {name for _, layer in atlas_layers(self) for name in layer.adapters()}
+        unknown = sorted({name for name in names if name != BASE} - known)
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        beams = kwargs.get("num_beams")
+        repeated = [name for name in names for _ in range(beams)] if isinstance(beams, int) and beams > 1 else names
+        handles = []
+        encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") and repeated is not names else None
+        inside_encoder = set() if encoder is None else set(encoder.modules())
+        for module in self.modules():
+            if isinstance(module, (AtlasLayer, AuxiliaryTrainingWrapper)):
+                # beam search repeats the samples for the decoder, not for the encoder
+                hook = partial(_pass_adapter_names, adapter_names=names if module in inside_encoder else repeated)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Strict loading: every tensor of the adapter must be in the file, in its shape; only growing buffers adapt."""
+        mapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        prefix = "base_model.model."
+        missing, total = [], 0
+        for path, layer in atlas_layers(model, adapter_name):
+            for name in (*layer.method.params, *layer.buffer_names()):
+                store = layer.store(name)
+                if adapter_name not in store:
+                    continue
+                total += 1
+                key = f"{path}.{layer.prefix}{name}.{adapter_name}"
+                value = mapped.get(key, mapped.get(prefix + key))
+                if value is None:
+                    missing.append(key)
+                    continue
+                own = store[adapter_name]
+                if value.shape == own.shape:
+                    continue
+                if name not in layer.method.growing:
+                    raise UserError(
+                        f"adapter file: {key} has shape {tuple(value.shape)}, but this model and config need "
+                        f"{tuple(own.shape)}; load it on the base model and with the adapter_config.json it was "
+                        "trained with."
+                    )
+                store[adapter_name] = torch.zeros(value.shape, dtype=own.dtype, device=own.device)
+        if missing:
+            raise UserError(
+                f"adapter file: {len(missing)} of {total} tensors are missing, the first is {missing[0]}; the file "
+                "belongs to another model or method, or was cut short."
+            )
+        return mapped
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give adapter `old` the name `new`, in place: tensors keep their identity, so optimizers stay valid.
+
+        Raises:
+            UserError: `old` does not exist, `new` exists, or the adapter is merged.
+        """
+        if old not in self.peft_config:
+            raise UserError(f"there is no adapter {old!r}; adapters: {', '.join(self.peft_config)}.")
+        if new in self.peft_config or "." in new or not new:
+            raise UserError(f"{new!r} is taken or not a valid adapter name (no dots, not empty).")
+        layers = [layer for _, layer in atlas_layers(self, old)]
+        if any(old in layer.merged_adapters for layer in layers):
+            raise UserError(f"adapter {old!r} is merged: call unmerge_adapter() before renaming it.")
+        # PeftModel and the wrapped model share this dictionary
+        self.peft_config[new] = self.peft_config.pop(old)
+        holders = [getattr(layer, n) for layer in layers for n in layer.adapter_layer_names + layer.other_param_names]
+        for module in self.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper) and old in getattr(module, "modules_to_save", {}):
+                holders.append(module.modules_to_save)
+                module._adapters = {new if name == old else name for name in module._adapters}
+                module._active_adapter = [new if name == old else name for name in module.active_adapters]
+        for holder in holders:
+            if old in holder:
+                value = holder[old]
+                del holder[old]
+                holder[new] = value
+        for layer in layers:
+            layer._active_adapter = [new if name == old else name for name in layer.active_adapters]
+        self.active_adapter = [new if name == old else name for name in self.active_adapters]
+
+
+def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple[str, AtlasLayer]]:
+    """(module path, layer) of every adapted layer, of those that carry `adapter` if one is named."""
+    for path, module in model.named_modules():
+        if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
+            yield path, module
+
+
+def _pass_adapter_names(target: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs

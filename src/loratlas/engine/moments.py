@@ -1,0 +1,67 @@
+"""Optimizer state of slices that were written anew while the rest of their tensor trains on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from loratlas.engine.lifecycle import StepContext
+
+LONGEST_AGE = 5000  # steps after which a fresh slice's Adam no longer differs from the tensor's (c_k within 1 %)
+
+
+def treat_moments(ctx: StepContext, param: Tensor, dim: int, slots: Tensor, how: str) -> None:
+    """Treat the moments of the slices `slots` of `param` along `dim` after they were re-seeded.
+
+    "keep": leave them. "zero" and "corrected": zero every state tensor shaped like the parameter, keep the tensor-wide
+    step count ("corrected" also rescales the following updates, see `age_correction`). "mean_v": first moment zero,
+    second moment the mean over the slices that were not re-seeded, zero if there are none. All in place.
+    """
+    if how == "keep":
+        return
+    ctx.reset_state(param, dim, slots)
+    second = ctx.state(param).get("exp_avg_sq")
+    if how != "mean_v" or not isinstance(second, Tensor):
+        return
+    slots = slots.to(second.device)
+    survives = torch.ones(param.shape[dim], dtype=torch.bool, device=second.device).index_fill_(0, slots, False)
+    survivors = second.index_select(dim, survives.nonzero().flatten())
+    if survivors.shape[dim]:
+        mean = survivors.mean(dim, keepdim=True)
+        second.index_copy_(dim, slots, mean.repeat_interleave(len(slots), dim))
+
+
+def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> Callable[[], None]:
+    """Call before the step; the returned function, called after it, makes fresh slices move as under a fresh Adam.
+
+    Adam divides by 1 - beta^t with the tensor's step count t, a slice whose moments were zeroed k steps ago needs k:
+
+        c_k = sqrt(1 - beta2^k) / (1 - beta1^k) * (1 - beta1^t) / sqrt(1 - beta2^t)
+
+    multiplies its change. Decoupled weight decay is not part of the change.
+
+    Args:
+        param: the parameter; dim: its slot dimension.
+        born: (slots,) step at which a slot was re-seeded, 0 for slots that were not.
+    """
+    age = ctx.step - born
+    fresh = ((born > 0) & (age <= LONGEST_AGE)).nonzero().flatten()
+    if len(fresh) == 0:
+        return lambda: None
+    before = param.detach().index_select(dim, fresh)
+    k = age[fresh].to(torch.float64)
+
+    def correct() -> None:
+        group, state = ctx.group(param), ctx.state(param)
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        t = float(state["step"])
+        c = torch.sqrt(1 - beta2**k) / (1 - beta1**k) * (1 - beta1**t) / (1 - beta2**t) ** 0.5
+        c = c.to(param.dtype).unsqueeze(1 - dim)
+        decoupled = group.get("decoupled_weight_decay", isinstance(ctx.optimizer, torch.optim.AdamW))
+        kept = before * (1 - float(group["lr"]) * group["weight_decay"]) if decoupled else before
+        after = param.detach().index_select(dim, fresh)
+        param.detach().index_copy_(dim, fresh, kept + c * (after - kept))
+
+    return correct

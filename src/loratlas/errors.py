@@ -1,0 +1,10 @@
+"""The one exception that users are meant to read."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message is one sentence that says what is wrong, where, and what to do.
+
+    The command line prints the message without a traceback and exits with status 2.
+    """

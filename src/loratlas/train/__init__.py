@@ -1,0 +1,1 @@
+"""Data, one training run, comparisons of many, and their reports."""
