@@ -11,8 +11,7 @@ written in place, so optimizers and DDP buckets stay valid.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,66 +68,65 @@ class StepContext:
         return choice
 
 
+class Group(NamedTuple):
+    """All layers of one adapter, with the step count of that adapter."""
+
+    method: Method
+    views: list[View]
+    context: StepContext
+
+
 class Lifecycle:
     """The hooks on one optimizer; made by `attach`. `remove()` takes them off again."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None, restart: bool) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        self.groups = _collect(model, held)
-        views = [view for _, group in self.groups for view in group]
-        self._clocks = [(view.step, view.total_steps) for view in views]
-        if restart:
-            _fill(self._clocks, 0, 0)
-        step, planned = (int(value) for value in self._clocks[0]) if self._clocks else (0, 0)
-        # the plan of an interrupted run stands: another total on resume would move events that have already happened
-        total = planned if step > 0 and planned > 0 else int(total_steps or 0)
-        self.context = StepContext(optimizer, step, total)
-        for method, group in self.groups:
-            method.check_training(group, self.context)
-        _fill(self._clocks, step, total)
+        self.optimizer = optimizer
+        self.groups: list[Group] = []
+        for method, views in _collect(model, held):
+            step, planned = (0, 0) if restart else (int(views[0].step), int(views[0].total_steps))
+            # the plan of an interrupted run stands: another total on resume would move events that have already
+            # happened
+            total = planned if step > 0 and planned > 0 else int(total_steps or 0)
+            context = StepContext(optimizer, step, total)
+            method.check_training(views, context)
+            for view in views:
+                view.step.fill_(step)
+                view.total_steps.fill_(total)
+            self.groups.append(Group(method, views, context))
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        if any(method.overrides("extra_loss") for method, _ in self.groups):
+        if any(group.method.overrides("extra_loss") for group in self.groups):
             self._handles.append(model.register_forward_hook(self._add_losses))
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done, counted from the adapter's first training."""
-        return self.context.step
+        self._skipped = False
 
     @torch.no_grad()
     def _before(self, optimizer: Optimizer, *_: Any) -> None:
-        self.context.step += 1
-        self.context.scratch.clear()
-        if not self._gradients_usable(optimizer):
-            self.context.step -= 1
-            self.context.scratch["skipped"] = True
-            return
-        for method, views in self.groups:
-            method.before_step(views, self.context)
-
-    @torch.no_grad()
-    def _after(self, *_: Any) -> None:
-        if self.context.scratch.pop("skipped", False):
-            return
-        for method, views in self.groups:
-            method.after_step(views, self.context)
-        if self._clocks:
-            torch._foreach_add_([step for step, _ in self._clocks], 1)
-
-    @staticmethod
-    def _gradients_usable(optimizer: Optimizer) -> bool:
         # Optimizers that take a GradScaler's scale into their own step (fused Adam on CUDA) run even when gradients
         # overflowed, and drop the update inside.
         found = getattr(optimizer, "found_inf", None)
-        return found is None or float(found) == 0.0
+        self._skipped = found is not None and float(found) != 0.0
+        if self._skipped:
+            return
+        for method, views, context in self.groups:
+            context.step += 1
+            context.scratch.clear()
+            method.before_step(views, context)
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        if self._skipped:
+            return
+        for method, views, context in self.groups:
+            method.after_step(views, context)
+            torch._foreach_add_([view.step for view in views], 1)
 
     def _add_losses(self, model: nn.Module, args: Any, output: Any) -> Any:
         loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
-            terms = [term for method, views in self.groups if (term := method.extra_loss(views)) is not None]
+            terms = [term for group in self.groups if (term := group.method.extra_loss(group.views)) is not None]
             output["loss"] = loss + sum(terms)
         return output
 
@@ -136,7 +134,7 @@ class Lifecycle:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _ATTACHED.pop(self.context.optimizer, None)
+        _ATTACHED.pop(self.optimizer, None)
 
 
 def attach(
@@ -215,9 +213,3 @@ def _collect(model: nn.Module, held: set[int]) -> list[tuple[Method, list[View]]
                 )
             groups.setdefault((layer.method.name, adapter), (layer.method, []))[1].append(view)
     return list(groups.values())
-
-
-def _fill(clocks: Sequence[tuple[Tensor, Tensor]], step: int, total: int) -> None:
-    for own_step, own_total in clocks:
-        own_step.fill_(step)
-        own_total.fill_(total)

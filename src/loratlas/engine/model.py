@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,11 +36,31 @@ class AtlasModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
+        if getattr(self.peft_config[adapter_name], "target_modules", None) == "all-linear":
+            self._name_what_all_linear_misses(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             candidates = ", ".join(self._candidates(model)) or "none"
             raise NoMatchingPeftModuleError(f"{error} Names that {self.method.name} can adapt: {candidates}.") from None
+
+    def _name_what_all_linear_misses(self, model: nn.Module) -> None:
+        """Experts kept as one 3-D parameter are no linear layers; silence about them would claim too much."""
+        known = (nn.modules.conv._ConvNd, BaseTunerLayer)
+        stacked = [
+            f"{path}.{name}"
+            for path, module in model.named_modules()
+            if not isinstance(module, known)
+            for name, p in module.named_parameters(recurse=False)
+            if p.dim() == 3 and p.is_floating_point() and min(p.shape) > 1
+        ]
+        if stacked:
+            warnings.warn(
+                f"target_modules='all-linear' does not reach weights stacked in 3-D parameters ({len(stacked)} of "
+                "them, "
+                f"such as {stacked[0]}): they stay frozen.",
+                stacklevel=2,
+            )
 
     def _candidates(self, model: nn.Module) -> list[str]:
         quantization = get_quantization_kwargs(self)
@@ -91,6 +112,11 @@ class AtlasModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self)
         kind = kind_of(base, quantization)
+        if _is_sharded(getattr(base, "weight", None)):
+            raise UserError(
+                f"module {key} is already sharded (tensor parallel or FSDP): add the adapters first, then shard the "
+                "model."
+            )
         if kind not in self.layer_classes:
             kinds = ", ".join(self.layer_classes)
             raise UserError(
@@ -220,6 +246,14 @@ def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     for path, module in model.named_modules():
         if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
             yield path, module
+
+
+def _is_sharded(weight: Any) -> bool:
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(weight, DTensor)
 
 
 def _pass_adapter_names(target: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:
