@@ -48,7 +48,7 @@ class Lora(LowRankMethod):
                 return usable
             pairs.start(t, *pairs.principal_factors(u, s, vh, t.scaling))
         else:
-            random_start(t.A, t.B, embedding=t.op.kind == "embedding", identity=t.cfg.init_weights is True)
+            random_start(t.A, t.B, embedding=t.op.kind == "embedding", identity=bool(t.cfg.init_weights))
         return None
 
     def factors(self, t: View) -> Factors:

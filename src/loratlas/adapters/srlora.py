@@ -113,7 +113,7 @@ class SRLora(LowRankMethod):
         t.grow("RB", up[:, t.r :].to(t.RB).clone())
         t.slot_dir.copy_(torch.arange(t.r))
         t.cursor.fill_(t.r)
-        if t.cfg.init_weights is False:
+        if not t.cfg.init_weights:
             t.B.add_(torch.randn_like(t.B) * t.B.abs().mean())
         return None
 

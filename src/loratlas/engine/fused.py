@@ -31,19 +31,23 @@ def can_fuse(base: nn.Module) -> bool:
     Quantised and sharded weights are tensor subclasses, accelerate and users hang hooks on modules, and under
     torch.compile the plain formula lets the compiler see through: all of these take `Method.delta` instead.
     """
-    if type(base) not in (nn.Linear, Conv1D) or torch.compiler.is_compiling():
-        return False
-    if base._forward_hooks or base._forward_pre_hooks or hasattr(base, "_hf_hook"):
+    if type(base) not in (nn.Linear, Conv1D) or torch.compiler.is_compiling() or has_hooks(base):
         return False
     weight = base.weight
     return type(weight) in (nn.Parameter, Tensor) and not weight.requires_grad
 
 
+def has_hooks(base: nn.Module) -> bool:
+    """Whether somebody watches or steers the forward of `base`, which then has to be called."""
+    hooks = (base._forward_hooks, base._forward_pre_hooks, base._backward_hooks, base._backward_pre_hooks)
+    return any(hooks) or hasattr(base, "_hf_hook")
+
+
 def fused_linear(x: Tensor, weight: Tensor, bias: Tensor | None, factors: Factors, dropout: float = 0.0) -> Tensor:
     """x: (..., in); weight: (out, in), frozen; returns (..., out) in x's dtype, or in autocast's where that is on."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        # autocast would do this cast inside F.linear; done here it happens once for both products
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        # autocast would do this cast inside F.linear (not for fp64); done here it happens once for both products
         x = x.to(torch.get_autocast_dtype(device))
     with torch.autocast(device, enabled=False):
         if bias is not None:

@@ -11,7 +11,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig
-from loratlas.engine.fused import can_fuse, fused_linear
+from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.merging import Merging
 from loratlas.engine.method import Factors, LowRankMethod, View
 from loratlas.engine.ops import Op, op_for
@@ -160,10 +160,10 @@ class AtlasLayer(nn.Module, Merging):
     # --------------------------------------------------------------------------------------------------- forward
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        if adapter_names is not None:
-            return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self._disable_adapters and self.merged:
             self.unmerge()
+        if adapter_names is not None and not self._disable_adapters:
+            return self._mixed_forward(x, *args, adapter_names=adapter_names, **kwargs)
         if self._disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         names = [name for name in self.active_adapters if name in self.atlas_config]
@@ -199,7 +199,7 @@ class AtlasLayer(nn.Module, Merging):
         if can_fuse(base):
             weight, factors = working or (self.op.canonical(base.weight), method.factors(view))
             return fused_linear(x, weight, base.bias, factors, dropout)
-        if working is None:
+        if working is None or has_hooks(base):
             return None
         weight, factors = working
         y = self.op.full(base, x, weight)

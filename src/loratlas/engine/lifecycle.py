@@ -22,7 +22,8 @@ from loratlas.engine.method import Method, View
 from loratlas.engine.model import atlas_layers
 from loratlas.errors import UserError
 
-_ATTACHED: weakref.WeakKeyDictionary[Optimizer, Lifecycle] = weakref.WeakKeyDictionary()
+# weak on both sides: the hooks keep a lifecycle as long as its optimizer lives, and nothing keeps the two
+_ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Lifecycle]] = weakref.WeakKeyDictionary()
 
 
 class StepContext:
@@ -163,9 +164,12 @@ def attach(
             f"attach needs a torch.optim.Optimizer, but got {type(optimizer).__name__}; engines that hide parameters "
             "from the optimizer (DeepSpeed) are not supported."
         )
-    if inner not in _ATTACHED:
-        _ATTACHED[inner] = Lifecycle(model, inner, total_steps, restart)
-    return _ATTACHED[inner]
+    attached = _ATTACHED.get(inner)
+    lifecycle = attached() if attached is not None else None
+    if lifecycle is None:
+        lifecycle = Lifecycle(model, inner, total_steps, restart)
+        _ATTACHED[inner] = weakref.ref(lifecycle)
+    return lifecycle
 
 
 class LifecycleCallback(TrainerCallback):

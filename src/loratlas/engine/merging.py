@@ -43,49 +43,59 @@ class Merging(BaseTunerLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put W plus the updates in W's place. W itself is kept aside, so `unmerge` restores it bit for bit.
 
-        safe_merge: refuse (ValueError) a result that is not finite. The base layer is changed last in either case.
+        safe_merge: refuse (ValueError) a result that is not finite. An error of any kind leaves the layer as it was.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.atlas_config]
         if not names:
             return
         if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
             raise UserError(f"weights quantised with {self.quantization_backend.backend_name} cannot be merged into.")
-        everything = self.merged_adapters + names
-        if self._untouched is not None:
-            self._restore()  # several merges start from the untouched W, so that rounding happens once
+        before, now = self._untouched, self._base_state()
+        untouched = before or now
+        # several merges start from the untouched W, so that rounding happens once
+        self._put(untouched)
+        self._untouched = None
+        try:
+            self._write_merged(self.merged_adapters + names, safe_merge)
+        except Exception:
+            self._put(now)
+            self._untouched = before
+            raise
+        self._untouched = untouched
+        self.merged_adapters = self.merged_adapters + names
+
+    def _write_merged(self, names: list[str], check_finite: bool) -> None:
         stored = self.get_base_weight()
         weight = self.base_matrix()
         with torch.no_grad():
-            for name in everything:
+            for name in names:
                 weight = self.method.merged(self.view(name), weight)
-        if safe_merge and not torch.isfinite(weight).all():
+        if check_finite and not torch.isfinite(weight).all():
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-        self._keep_untouched()
         value = self.op.stored(weight, stored).to(stored.dtype).contiguous()
         if self.quantization_backend is not None:
             self.set_base_weight(value)
         else:
             # a new Parameter: a weight that is tied to another layer stays what it is there
             self.get_base_layer().weight = nn.Parameter(value, requires_grad=False)
-        self.merged_adapters = everything
 
     def unmerge(self) -> None:
         """Put the untouched W back."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore()
+        if self._untouched is None:
+            raise RuntimeError(f"{type(self).__name__} is marked as merged but holds no untouched weight.")
+        self._put(self._untouched)
+        self._untouched = None
         self.merged_adapters = []
 
-    def _keep_untouched(self) -> None:
+    def _base_state(self) -> dict[str, Any]:
         base = self.get_base_layer()
         state = getattr(base, "state", None)  # bitsandbytes keeps quantised values outside the weight
-        self._untouched = {"base": base, "weight": base.weight, "state": copy.copy(vars(state)) if state else None}
+        return {"base": base, "weight": base.weight, "state": copy.copy(vars(state)) if state else None}
 
-    def _restore(self) -> None:
-        kept, self._untouched = self._untouched, None
-        if kept is None:
-            raise RuntimeError(f"{type(self).__name__} is marked as merged but holds no untouched weight.")
+    def _put(self, kept: dict[str, Any]) -> None:
         holder: Any = self
         while hasattr(holder.base_layer, "base_layer"):
             holder = holder.base_layer

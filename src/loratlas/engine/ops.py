@@ -99,6 +99,10 @@ class Conv2dOp(Op):
         return F.conv2d(hidden, up.to(x.dtype)[:, :, None, None])
 
     def lora_tensors(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+        if set(self.base.dilation) != {1} or self.base.padding_mode != "zeros":
+            raise UserError(
+                "PEFT's LoRA knows neither dilation nor padding modes of a convolution: export merged weights instead."
+            )
         kernel = down.reshape(down.shape[0], self.base.in_channels, *self.base.kernel_size)
         return {"lora_A.weight": kernel, "lora_B.weight": up[:, :, None, None]}
 
@@ -133,9 +137,8 @@ class EmbeddingOp(Op):
 
     def _look_up(self, ids: Tensor, columns: Tensor) -> Tensor:
         base = self.base
-        return F.embedding(
-            ids, columns.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq, sparse=base.sparse
-        )
+        # base.sparse concerns the gradient of the base's own weight; the factors' gradients are dense
+        return F.embedding(ids, columns.T, base.padding_idx, scale_grad_by_freq=base.scale_grad_by_freq)
 
     def _scaled(self, rows: Tensor) -> Tensor:
         # Gemma-like embeddings multiply what they look up
