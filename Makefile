@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint clean
+.PHONY: test lint conformance clean
 
 test: $(VENV)/.test-installed lint
 	$(BIN)/lint-imports
+	$(BIN)/python tests/conformance/run.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --cov=loratlas --cov-report=term
 
 lint: $(VENV)/.test-installed
@@ -20,6 +21,9 @@ $(VENV)/.test-installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
 	touch $@
+
+conformance: $(VENV)/.test-installed
+	$(BIN)/python tests/conformance/run.py
 
 clean:
 	rm -rf $(VENV) .cache

@@ -60,6 +60,9 @@ class AtlasConfig(PeftConfig):
                 setattr(self, name, set(value))
         self._require(isinstance(self.r, int) and self.r >= 1, "r", "an integer of at least 1")
         self._require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "positive")
+        ranks, alphas = (self.rank_pattern or {}).values(), (self.alpha_pattern or {}).values()
+        self._require(all(isinstance(r, int) and r >= 1 for r in ranks), "rank_pattern", "a dict of ranks >= 1")
+        self._require(all(alpha > 0 for alpha in alphas), "alpha_pattern", "a dict of positive numbers")
         self._require(0.0 <= self.lora_dropout < 1.0, "lora_dropout", "in [0, 1)")
         self._require(self.bias in ("none", "all", "atlas_only"), "bias", "'none', 'all' or 'atlas_only'")
         if self.layers_pattern and self.layers_to_transform is None:

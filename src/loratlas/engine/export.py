@@ -79,12 +79,11 @@ def export_lora(
             total += norm((up, down)) ** 2
         factors[path] = layer, down, up
     width = max(1, *(down.shape[0] for _, down, _ in factors.values()))
-    state = _other_tensors(model, adapter_name)
+    tensors = {name: _for_file(t, t.dtype) for name, t in _other_tensors(model, adapter_name).items()}
     for path, (layer, down, up) in factors.items():
         up, down = pad(up, down, width)
-        for name, tensor in layer.op.lora_tensors(down, up).items():
-            state[f"{PREFIX}{path}.{name}"] = tensor
-    tensors = {name: _for_file(tensor, dtype) for name, tensor in state.items()}
+        for name, tensor in _lora_tensors(path, layer, down, up).items():
+            tensors[f"{PREFIX}{path}.{name}"] = _for_file(tensor, dtype)
     config = _lora_config(model, adapter_name, factors, width)
     with whole_directory(directory) as folder:
         save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -107,6 +106,7 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             "full precision (bfloat16 or float32), load the adapter on it, and export that."
         )
     twin: Any = copy.deepcopy(model)
+    twin.set_adapter(adapter_name)  # takes out what is merged, and brings the adapter's own modules_to_save
     merged: Any = twin.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
     with whole_directory(directory) as folder:
         if hasattr(merged, "save_pretrained"):
@@ -146,6 +146,13 @@ def _factors(path: str, layer: AtlasLayer, adapter: str) -> tuple[Tensor, Tensor
         packed = compress(delta, torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device))
         return packed.down, packed.up
     return factors
+
+
+def _lora_tensors(path: str, layer: AtlasLayer, down: Tensor, up: Tensor) -> dict[str, Tensor]:
+    try:
+        return layer.op.lora_tensors(down, up)
+    except UserError as error:
+        raise UserError(f"module {path}: {error}") from None
 
 
 def _other_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -133,8 +134,11 @@ class AtlasLayer(nn.Module, Merging):
                 store[adapter_name] = nn.Parameter(moved, moved.requires_grad) if name in self.method.params else moved
         self.keep_on_host()
 
-    def _apply(self, *args: Any, **kwargs: Any) -> AtlasLayer:
-        super()._apply(*args, **kwargs)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AtlasLayer:
+        super()._apply(fn, recurse)
+        if self._untouched is not None and self.quantization_backend is None:
+            kept = self._untouched["weight"]  # comes back on unmerging, so it moves along
+            kept.data = fn(kept.data)
         self.keep_on_host()
         return self
 

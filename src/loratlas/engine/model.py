@@ -85,8 +85,9 @@ class AtlasModel(BaseTuner):
         config: AtlasConfig = peft_config
         wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
-        is_new = not isinstance(target, AtlasLayer)
-        layer = target if isinstance(target, AtlasLayer) else self._wrap(target, current_key)
+        # a layer of another of our methods is wrapped like any other: methods stack
+        own = target if isinstance(target, AtlasLayer) and target.method is self.method else None
+        is_new, layer = own is None, own if own is not None else self._wrap(target, current_key)
         try:
             r = layer.update_layer(adapter_name, config, wanted, alpha)
         except UserError as error:
@@ -129,6 +130,19 @@ class AtlasModel(BaseTuner):
             raise UserError(f"module {key}: {error}") from None
         layer.set_adapter(self.active_adapters)
         return layer
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """PEFT's, but all or nothing: when one layer refuses, the others are put back as well."""
+        before = [(layer, list(layer.merged_adapters)) for _, layer in atlas_layers(self)]
+        try:
+            super().merge_adapter(adapter_names, safe_merge)
+        except Exception:
+            for layer, names in before:
+                if layer.merged_adapters != names:
+                    layer.unmerge()
+                    if names:
+                        layer.merge(adapter_names=names)
+            raise
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         # Adapters are born in fp32. autocast_adapter_dtype=False asks for the base's dtype instead; all floating
@@ -182,6 +196,7 @@ class AtlasModel(BaseTuner):
         )
         prefix = "base_model.model."
         missing, total = [], 0
+        resized: list[tuple[Any, Tensor]] = []
         for path, layer in atlas_layers(model, adapter_name):
             for name in (*layer.method.params, *layer.buffer_names()):
                 store = layer.store(name)
@@ -202,12 +217,14 @@ class AtlasModel(BaseTuner):
                         f"{tuple(own.shape)}; load it on the base model and with the adapter_config.json it was "
                         "trained with."
                     )
-                store[adapter_name] = torch.zeros(value.shape, dtype=own.dtype, device=own.device)
+                resized.append((store, torch.zeros(value.shape, dtype=own.dtype, device=own.device)))
         if missing:
             raise UserError(
                 f"adapter file: {len(missing)} of {total} tensors are missing, the first is {missing[0]}; the file "
                 "belongs to another model or method, or was cut short."
             )
+        for store, room in resized:
+            store[adapter_name] = room
         return mapped
 
     def rename_adapter(self, old: str, new: str) -> None:

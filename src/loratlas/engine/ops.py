@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from loratlas.errors import UserError
@@ -148,6 +149,8 @@ class EmbeddingOp(Op):
 
 def kind_of(base: nn.Module, quantization: dict[str, Any]) -> str | None:
     """The kind of a base layer, None if the engine knows none for it."""
+    if isinstance(base, NonDynamicallyQuantizableLinear):
+        return None  # nn.MultiheadAttention reads this layer's weight and never calls it
     for kind, (layer, _) in _KINDS.items():
         if isinstance(base, layer):
             return kind

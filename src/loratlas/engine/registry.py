@@ -42,12 +42,10 @@ def adapter(method: Method) -> Callable[[C], C]:
         prefix = name.upper() + "_"
         # named as the public class, so that saved configs and reprs read well
         stem = config_class.__name__.removesuffix("Config")
-        layers = {kind: _layer_class(stem, method, kind, prefix) for kind in method.kinds}
-        model = type(
-            f"{stem}Model",
-            (AtlasModel,),
-            {"method": method, "layer_classes": layers, "prefix": prefix, "__doc__": AtlasModel.__doc__},
-        )
+        family = type(f"{stem}Layer", (AtlasLayer,), {"method": method, "prefix": prefix})
+        layers = {kind: _layer_class(stem, family, kind) for kind in method.kinds}
+        known = {"method": method, "tuner_layer_cls": family, "layer_classes": layers, "prefix": prefix}
+        model = type(f"{stem}Model", (AtlasModel,), {**known, "__doc__": AtlasModel.__doc__})
         if taken is not None:  # the module was reloaded
             for mapping in (PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING):
                 mapping.pop(peft_type, None)
@@ -60,10 +58,10 @@ def adapter(method: Method) -> Callable[[C], C]:
     return register
 
 
-def _layer_class(stem: str, method: Method, kind: str, prefix: str) -> type[AtlasLayer]:
+def _layer_class(stem: str, family: type[AtlasLayer], kind: str) -> type[AtlasLayer]:
     # PEFT's "all-linear" recognises adapted layers by "Linear" in the class name
     suffix = {"linear": "Linear", "conv1d": "Conv1DLinear", "conv2d": "Conv2d", "embedding": "Embedding"}[kind]
-    return type(f"{stem}{suffix}", (AtlasLayer,), {"method": method, "kind": kind, "prefix": prefix})
+    return type(f"{stem}{suffix}", (family,), {"kind": kind})
 
 
 def _default_peft_type(config_class: type[AtlasConfig], peft_type: PeftType) -> None:
