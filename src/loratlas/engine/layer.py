@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.merging import Merging
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.ops import Op, op_for
 from loratlas.errors import UserError
 
@@ -136,9 +136,7 @@ class AtlasLayer(nn.Module, Merging):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AtlasLayer:
         super()._apply(fn, recurse)
-        if self._untouched is not None and self.quantization_backend is None:
-            kept = self._untouched["weight"]  # comes back on unmerging, so it moves along
-            kept.data = fn(kept.data)
+        self._move_untouched(fn)
         self.keep_on_host()
         return self
 
@@ -282,8 +280,7 @@ def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
     if not isinstance(method, LowRankMethod):
         return None
     with torch.no_grad():
-        factors: Factors = method.factors(view)
-        return factors.joined()
+        return method.factors(view).joined()
 
 
 def _derive_after_load(layer: AtlasLayer, _: Any) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -94,6 +95,11 @@ class Merging(BaseTunerLayer):
         base = self.get_base_layer()
         state = getattr(base, "state", None)  # bitsandbytes keeps quantised values outside the weight
         return {"base": base, "weight": base.weight, "state": copy.copy(vars(state)) if state else None}
+
+    def _move_untouched(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Let the weight that unmerging brings back follow the model to another device or dtype."""
+        if self._untouched is not None and self.quantization_backend is None:
+            self._untouched["weight"].data = fn(self._untouched["weight"].data)
 
     def _put(self, kept: dict[str, Any]) -> None:
         holder: Any = self
