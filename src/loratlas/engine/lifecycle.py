@@ -156,9 +156,9 @@ def attach(
     Raises:
         UserError: not a torch optimizer, adapters missing from it, or a run that the method cannot work with.
     """
-    inner = optimizer
-    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
-        inner = inner.optimizer
+    inner: Any = optimizer
+    while isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer  # accelerate's wrapper calls itself an Optimizer, but has no hooks
     if not isinstance(inner, Optimizer):
         raise UserError(
             f"attach needs a torch.optim.Optimizer, but got {type(optimizer).__name__}; engines that hide parameters "

@@ -1,0 +1,177 @@
+"""What `train` and `compare` share: the options for model, data and training, and how they become a task and a spec."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+
+from loratlas.errors import UserError
+
+if TYPE_CHECKING:
+    from loratlas.train.data import TaskData
+    from loratlas.train.run import RunSpec
+
+_MODEL, _DATA, _TRAINING = "Model", "Data", "Training"
+
+Demo = Annotated[
+    bool, typer.Option("--demo", help="A small real model and real texts that come with the package: no download.")
+]
+Model = Annotated[str | None, typer.Option(help="Base model: hub id or folder.", rich_help_panel=_MODEL)]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="Option of the method, as r=16 or gamma=0.25; several times for several.",
+        rich_help_panel=_MODEL,
+    ),
+]
+Data = Annotated[
+    str | None,
+    typer.Option(
+        help="JSONL, CSV, Parquet or text file; a folder of these or of images; a hub dataset as NAME or NAME:CONFIG.",
+        rich_help_panel=_DATA,
+    ),
+]
+Test = Annotated[
+    str | None,
+    typer.Option(
+        help="Test rows: a file or a split's name. Else a validation or test split, or a tenth of the rows.",
+        rich_help_panel=_DATA,
+    ),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="text-classification, regression, causal-lm or image-classification. Else read off the columns.",
+        rich_help_panel=_DATA,
+    ),
+]
+TextColumn = Annotated[
+    list[str] | None, typer.Option(help="Column with the text; twice for pairs of texts.", rich_help_panel=_DATA)
+]
+LabelColumn = Annotated[str | None, typer.Option(help="Column with the label.", rich_help_panel=_DATA)]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        help="accuracy, f1 or matthews; pearson, spearman or mse; perplexity or nll. Else the first of the task.",
+        rich_help_panel=_DATA,
+    ),
+]
+MaxLength = Annotated[
+    int | None, typer.Option(min=1, help="Longest text in tokens. Default 128.", rich_help_panel=_DATA)
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use only so many rows of each part.", rich_help_panel=_DATA)]
+Steps = Annotated[int, typer.Option(min=1, help="Optimizer steps.", rich_help_panel=_TRAINING)]
+BatchSize = Annotated[int, typer.Option(min=1, help="Rows in a batch.", rich_help_panel=_TRAINING)]
+Accumulation = Annotated[
+    int,
+    typer.Option("--gradient-accumulation", min=1, help="Batches to an optimizer step.", rich_help_panel=_TRAINING),
+]
+LearningRate = Annotated[
+    float | None, typer.Option(help="Peak learning rate. Else the catalogue's.", rich_help_panel=_TRAINING)
+]
+Scheduler = Annotated[
+    str,
+    typer.Option("--lr-scheduler", help="linear, cosine, constant, ...", rich_help_panel=_TRAINING),
+]
+EvalEvery = Annotated[
+    int | None, typer.Option(min=1, help="Steps between evaluations. Else a fifth.", rich_help_panel=_TRAINING)
+]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision with bfloat16.", rich_help_panel=_TRAINING)]
+Out = Annotated[Path | None, typer.Option(help="Directory to write. Else a new one below runs/.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")]
+
+
+@dataclass
+class Work:
+    """The model and data that the options name."""
+
+    model: str
+    task: TaskData
+
+
+def read_work(
+    *,
+    demo: bool,
+    model: str | None,
+    data: str | None,
+    test: str | None,
+    task: str | None,
+    text_columns: list[str] | None,
+    label_column: str | None,
+    metric: str | None,
+    max_length: int | None,
+    limit: int | None,
+) -> Work:
+    """Load and encode the data.
+
+    Raises:
+        UserError: neither --demo nor --model and --data, or data that `load_task` refuses.
+    """
+    if not demo and (model is None or data is None):
+        missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
+        raise UserError(f"{missing} missing: give a model and data, or try it with --demo.")
+    from loratlas.train import demo as embedded
+    from loratlas.train.data import load_task
+    from loratlas.train.tables import read_tables
+
+    chosen = model or embedded.demo_model()
+    tables = embedded.docstrings() if data is None else read_tables(data, test, limit)
+    loaded = load_task(
+        tables,
+        chosen,
+        name=data or embedded.NAME,
+        task=task,
+        text_columns=text_columns,
+        label_column=label_column,
+        metric=metric,
+        max_length=max_length or (embedded.MAX_LENGTH if data is None else 128),
+    )
+    return Work(chosen, loaded)
+
+
+def parse_settings(pairs: list[str] | None, methods: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """--set values as ({option for all: value}, {slug: {option for it alone: value}}); "slug.name=value" is for one.
+
+    Raises:
+        UserError: not NAME=VALUE, or a value that is not YAML.
+    """
+    shared: dict[str, Any] = {}
+    own: dict[str, dict[str, Any]] = {}
+    for pair in pairs or ():
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UserError(f"--set {pair} is not NAME=VALUE, for example --set r=16.")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise UserError(f"--set {pair}: the value is not YAML; quote it.") from None
+        method, dot, option = name.partition(".")
+        if dot and method in methods:
+            own.setdefault(method, {})[option] = value
+        elif dot:
+            raise UserError(f"--set {pair}: {method} is not among the methods {', '.join(methods)}.")
+        else:
+            shared[name] = value
+    return shared, own
+
+
+def output_directory(out: Path | None, name: str) -> Path:
+    """`out`, or the first of runs/NAME, runs/NAME-2, ... that is free."""
+    if out is not None:
+        return out
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in (Path("runs") / each for each in names) if not path.exists())
+
+
+def make_spec(work: Work, out: Path, **settings: Any) -> RunSpec:
+    from loratlas.train.run import RunSpec
+
+    return RunSpec(model=work.model, output_dir=str(out), **settings)

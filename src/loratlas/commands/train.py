@@ -1,0 +1,116 @@
+"""`loratlas train`: one method on one model and data."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from loratlas.commands import options
+from loratlas.commands.output import console, error_console, print_json
+from loratlas.errors import UserError
+
+if TYPE_CHECKING:
+    from loratlas.train.results import RunResult
+
+EXAMPLES = """[bold]Examples[/]
+
+loratlas train srlora --demo
+
+loratlas train srlora --model FacebookAI/roberta-base --data glue:sst2 --steps 2000 --set r=16
+
+loratlas train lora --model my/model --data reviews.csv --label-column stars --task regression
+"""
+
+
+def train(
+    method: Annotated[str, typer.Argument(help="A slug of `loratlas methods`, or lora, pissa, peft-lora.")],
+    demo: options.Demo = False,
+    model: options.Model = None,
+    settings: options.Set = None,
+    data: options.Data = None,
+    test: options.Test = None,
+    task: options.TaskName = None,
+    text_column: options.TextColumn = None,
+    label_column: options.LabelColumn = None,
+    metric: options.Metric = None,
+    max_length: options.MaxLength = None,
+    limit: options.Limit = None,
+    steps: options.Steps = 150,
+    batch_size: options.BatchSize = 32,
+    accumulation: options.Accumulation = 1,
+    learning_rate: options.LearningRate = None,
+    lr_scheduler: options.Scheduler = "linear",
+    eval_every: options.EvalEvery = None,
+    bf16: options.Bf16 = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
+    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints to resume from.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
+    out: options.Out = None,
+    overwrite: options.Overwrite = False,
+    as_json: options.AsJson = False,
+) -> None:
+    """Fine-tune a model with one method. Writes the adapter (for PEFT) and result.json."""
+    with error_console().status("reading model and data"):
+        from loratlas.train.console import ConsoleProgress
+        from loratlas.train.methods import check_options, trainable
+        from loratlas.train.run import ADAPTER, prepare_output, run
+
+        shared, own = options.parse_settings(settings, [method])
+        chosen = {**shared, **own.get(method, {})}
+        check_options(trainable(method), chosen)
+        if resume and out is None:
+            raise UserError("--resume needs --out: the directory of the run to go on with.")
+        directory = options.output_directory(out, method)
+        work = options.read_work(
+            demo=demo,
+            model=model,
+            data=data,
+            test=test,
+            task=task,
+            text_columns=text_column,
+            label_column=label_column,
+            metric=metric,
+            max_length=max_length,
+            limit=limit,
+        )
+        if not resume:
+            prepare_output(directory, overwrite=overwrite)
+    spec = options.make_spec(
+        work,
+        directory,
+        method=method,
+        options=chosen,
+        steps=steps,
+        batch_size=batch_size,
+        gradient_accumulation=accumulation,
+        learning_rate=learning_rate,
+        lr_scheduler=lr_scheduler,
+        eval_every=eval_every,
+        bf16=bf16,
+        seed=seed,
+        save_every=save_every,
+    )
+    error_console().print(work.task.description, markup=False)
+    with ConsoleProgress(error_console()) as progress:
+        result = run(spec, work.task, progress, resume=resume)
+    if as_json:
+        print_json(result)
+    else:
+        console().print(_summary(result), markup=False, soft_wrap=True)
+    if result.diverged_at is not None:
+        raise UserError(
+            f"the loss or gradient was not finite at step {result.diverged_at}: the adapter of the step before is in "
+            f"{directory / ADAPTER}; try a lower --learning-rate than {result.learning_rate:g}."
+        )
+
+
+def _summary(result: RunResult) -> str:
+    share = result.trainable_parameters / result.total_parameters
+    return (
+        f"{result.label}: {result.metric} {result.final:.4f} after {result.steps} steps at learning rate "
+        f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}), "
+        f"{1000 * result.step_seconds:.0f} ms a step.\n"
+        f"Adapter: {result.adapter_dir}\n"
+        f"Ship it: loratlas export {result.adapter_dir} --to lora --out {result.adapter_dir}-lora"
+    )

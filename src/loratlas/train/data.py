@@ -1,0 +1,118 @@
+"""`load_task`: any supported data, ready for transformers' Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from datasets import Dataset
+
+from loratlas.errors import UserError
+from loratlas.train import encode
+from loratlas.train.columns import Columns, find_columns
+from loratlas.train.labels import Labels, encode_labels
+from loratlas.train.metrics import LOWER_IS_BETTER, MEASURES, METRICS, Measure
+from loratlas.train.tables import Tables
+
+TASKS = tuple(METRICS)
+
+
+@dataclass
+class TaskData:
+    """A task as the Trainer takes it.
+
+    Attributes:
+        task: one of `TASKS`.
+        train, test: encoded rows.
+        collator: joins rows to a batch.
+        metric: name of the headline metric.
+        labels: names of the classes, None for the other tasks.
+        description: one line for people.
+        processor: the tokenizer or image processor.
+        preprocess_logits: what Trainer keeps of a batch's logits, None for all.
+    """
+
+    task: str
+    train: Dataset
+    test: Dataset
+    collator: Callable[..., Any]
+    metric: str
+    description: str
+    processor: Any
+    labels: list[str] | None = None
+    preprocess_logits: Callable[..., Any] | None = None
+    measure: Measure = field(init=False)
+    greater_is_better: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.measure = MEASURES[self.task]
+        self.greater_is_better = self.metric not in LOWER_IS_BETTER
+
+    @property
+    def num_labels(self) -> int:
+        return len(self.labels) if self.labels is not None else 1
+
+
+def load_task(
+    tables: Tables,
+    model: str,
+    *,
+    name: str = "the data",
+    task: str | None = None,
+    text_columns: list[str] | None = None,
+    label_column: str | None = None,
+    metric: str | None = None,
+    max_length: int = 128,
+) -> TaskData:
+    """Encode `tables` for `model`.
+
+    Args:
+        tables: rows from `tables.read_tables` or `demo.docstrings`.
+        model: hub id or path; its tokenizer or image processor is used.
+        name: what to call the data in descriptions and errors.
+        task: one of `TASKS`; None reads it off the columns: an image column means image-classification, a label
+            column text-classification (regression if it holds floats), neither causal-lm.
+        text_columns: one text column, or two for sentence pairs; None finds them by name and type.
+        label_column: None finds it by name.
+        metric: headline metric, None for the task's usual one.
+        max_length: longest text in tokens; length of a block for causal-lm.
+
+    Raises:
+        UserError: columns that do not exist or do not fit the task, rows without label, labels in the test rows that
+            never occur in training, an unknown task or metric.
+    """
+    columns = find_columns(tables.train, name, task, text_columns, label_column)
+    _same_columns(tables, columns, name)
+    headline = _headline(columns.task, metric)
+    labels = None
+    if columns.task != "causal-lm":
+        tables, labels = encode_labels(tables, columns, name)
+    encoded = encode.ENCODERS[columns.task](tables, columns, model, max_length)
+    return TaskData(
+        task=columns.task,
+        metric=headline,
+        description=_describe(name, tables, columns, labels),
+        labels=labels.names if labels else None,
+        **encoded,
+    )
+
+
+def _same_columns(tables: Tables, columns: Columns, name: str) -> None:
+    for column in columns.used:
+        if column not in tables.test.column_names:
+            there = ", ".join(tables.test.column_names)
+            raise UserError(
+                f"the test rows of {name} have no column {column!r}, which the training rows have: {there}."
+            )
+
+
+def _headline(task: str, metric: str | None) -> str:
+    if metric is not None and metric not in METRICS[task]:
+        raise UserError(f"{task} has no metric {metric!r}: choose {', '.join(METRICS[task])}.")
+    return metric or METRICS[task][0]
+
+
+def _describe(name: str, tables: Tables, columns: Columns, labels: Labels | None) -> str:
+    kind = f"{len(labels.names)} classes" if labels and labels.names else columns.task
+    return f"{name}: {len(tables.train):,} training and {len(tables.test):,} test rows ({tables.split}), {kind}"

@@ -1,0 +1,79 @@
+"""A Trainer that times its steps, tells a `Progress`, and stops before a step would ruin the adapter."""
+
+from __future__ import annotations
+
+import math
+import time
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+from loratlas.train.progress import Progress
+
+
+class Diverged(Exception):
+    """Loss or gradients of optimizer step `step` are not finite; no parameter has been changed by that step."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(f"the {what} is not finite at step {step}")
+        self.step = step
+        self.what = what
+
+
+class Watch(TrainerCallback):
+    """Times of the optimizer steps (without evaluations), and the last look at the gradients before each."""
+
+    def __init__(self, progress: Progress, metric: str) -> None:
+        self.progress = progress
+        self.metric = metric
+        self.times: list[float] = []
+        self._started = 0.0
+
+    @property
+    def step_seconds(self) -> float:
+        return median(self.times) if self.times else 0.0
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._started = _now()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # under a GradScaler an overflow is normal: the scaler skips that step itself
+        grads = [p.grad for p in kwargs["model"].parameters() if p.grad is not None]
+        if not args.fp16 and not math.isfinite(float(torch.nn.utils.get_total_norm(grads))):
+            raise Diverged(state.global_step + 1, "gradient")
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(_now() - self._started)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs["logs"]
+        if "loss" in logs:
+            self.progress.step(state.global_step, logs["loss"])
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.progress.evaluated(state.global_step, self.metric, kwargs["metrics"][f"eval_{self.metric}"])
+
+
+class WatchedTrainer(Trainer):
+    """transformers' Trainer with a `Watch`; raises `Diverged` where Trainer would step on."""
+
+    def __init__(self, watch: Watch, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.remove_callback(PrinterCallback)
+        self.add_callback(watch)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
+        if not math.isfinite(float(loss)):
+            raise Diverged(self.state.global_step + 1, "loss")
+        return loss
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
