@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
+import loratlas
 from loratlas.engine.config import check_safetensors
 from loratlas.errors import UserError
 
@@ -55,6 +56,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
         UserError: no adapter there, a config that is not JSON or names no method, tensors missing, cut short, or in a
             pickle (which could run code and is never opened).
     """
+    loratlas.register_adapters()  # what the file's tensors are is known to their method
     directory = find_adapter(path)
     config = _read_config(directory / CONFIG_NAME)
     weights = directory / SAFETENSORS_WEIGHTS_NAME

@@ -26,6 +26,10 @@ from loratlas.engine.ops import kind_of
 from loratlas.errors import UserError
 
 
+class NoTargets(UserError, NoMatchingPeftModuleError):
+    """target_modules match nothing; caught as our error and as PEFT's."""
+
+
 class AtlasModel(BaseTuner):
     """Injects a method's layers. Use it through `peft.get_peft_model(model, config)`."""
 
@@ -40,9 +44,14 @@ class AtlasModel(BaseTuner):
             self._name_what_all_linear_misses(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        except NoMatchingPeftModuleError as error:
+        except NoMatchingPeftModuleError:
+            wanted = getattr(self.peft_config[adapter_name], "target_modules", None)
+            names = ", ".join(sorted(wanted)) if isinstance(wanted, set) else wanted
             candidates = ", ".join(self._candidates(model)) or "none"
-            raise NoMatchingPeftModuleError(f"{error} Names that {self.method.name} can adapt: {candidates}.") from None
+            raise NoTargets(
+                f"target_modules ({names}) match no module of {type(model).__name__} that {self.method.name} can "
+                f"adapt; names that it can adapt: {candidates}."
+            ) from None
 
     def _name_what_all_linear_misses(self, model: nn.Module) -> None:
         """Experts kept as one 3-D parameter are no linear layers; silence about them would claim too much."""

@@ -117,33 +117,32 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
 
 
 def recomposition_figure(run: Run) -> go.Figure:
-    """Heat map of one run's `events`: pairs recomposed in each layer (rows) at each step (columns)."""
+    """Heat map of one run's `events`: how often each slot (column) of each layer (row) was recomposed."""
     events = run["events"]
     layers = list(dict.fromkeys(event["layer"] for event in events))
-    steps = sorted({event["step"] for event in events})
-    counts: list[list[int | None]] = [[None] * len(steps) for _ in layers]
-    details = [[""] * len(steps) for _ in layers]
+    width = 1 + max(slot for event in events for slot in event["slots"])
+    told: list[list[list[str]]] = [[[] for _ in range(width)] for _ in layers]
     for event in events:
-        row, column = layers.index(event["layer"]), steps.index(event["step"])
-        counts[row][column] = len(event["slots"])
-        details[row][column] = f"slots {_listed(event['slots'])} now carry directions {_listed(event['new_dirs'])}"
+        row = told[layers.index(event["layer"])]
+        for slot, old, new in zip(event["slots"], event["old_dirs"], event["new_dirs"], strict=True):
+            row[slot].append(f"step {event['step']}: direction {old} to {new}")
     figure = go.Figure(
         go.Heatmap(
-            x=[str(step) for step in steps],
+            x=[str(slot) for slot in range(width)],
             y=[html.escape(layer) for layer in layers],
-            z=counts,
-            customdata=details,
-            hovertemplate="step %{x}<br>%{y}<br>%{z} pairs: %{customdata}<extra></extra>",
+            z=[[len(lines) for lines in row] for row in told],
+            customdata=[["<br>".join(lines) or "never recomposed" for lines in row] for row in told],
+            hovertemplate="%{y}, slot %{x}<br>%{customdata}<extra></extra>",
             colorscale="Viridis",
             zmin=0,
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "pairs"}, "thickness": 12},
+            colorbar={"title": {"text": "times"}, "thickness": 12, "tickformat": "d", "dtick": 1},
         )
     )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category")
-    return _styled(figure, "step", None, height=140 + 22 * len(layers))
+    return _styled(figure, "slot", None, height=140 + 22 * len(layers))
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
@@ -181,10 +180,6 @@ def _add_line(figure: go.Figure, index: int, label: str, x: list[int], y: list[f
 def _member(label: str) -> dict[str, Any]:
     """A curve that comes and goes with its method's entry in the legend."""
     return {"mode": "lines", "name": html.escape(label), "legendgroup": html.escape(label), "showlegend": False}
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def _styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) -> go.Figure:

@@ -37,8 +37,6 @@ def build_config(system: System, task: str, model: nn.Module, options: dict[str,
     Raises:
         UserError: an option that the method does not have (the nearest is suggested), or a value out of its range.
     """
-    cls = load_entry(system)
-    check_options(system, options)
     settings: dict[str, Any] = {"target_modules": "all-linear", **system.options, **options}
     if task in _TASK_TYPES:
         settings["task_type"] = _TASK_TYPES[task]
@@ -46,19 +44,28 @@ def build_config(system: System, task: str, model: nn.Module, options: dict[str,
         # PEFT has no task type for images, which would leave the head to "all-linear"
         settings.setdefault("modules_to_save", head_of(model))
         settings.setdefault("exclude_modules", head_of(model))
+    return _make(system, settings)
+
+
+def check_options(system: System, options: dict[str, Any]) -> None:
+    """Raise `UserError` for an option that the method does not have or whose value is out of range.
+
+    Needs neither model nor data, so it can run before anything is loaded.
+    """
+    _make(system, {"target_modules": "all-linear", **system.options, **options})
+
+
+def _make(system: System, settings: dict[str, Any]) -> PeftConfig:
+    cls = load_entry(system)
+    known = [field.name for field in dataclasses.fields(cls)]
+    for name in settings:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+            hint = f"did you mean {' or '.join(near)}?" if near else "its documentation page lists them."
+            raise UserError(f"{system.slug} has no option {name!r}: {hint}")
     try:
         return cls(**settings)
     except UserError:
         raise
     except (TypeError, ValueError) as error:
         raise UserError(f"{system.slug}: {error}") from None
-
-
-def check_options(system: System, options: dict[str, Any]) -> None:
-    """Raise `UserError` for an option that the method's configuration does not have."""
-    known = [field.name for field in dataclasses.fields(load_entry(system))]
-    for name in options:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
-            hint = f"did you mean {' or '.join(near)}?" if near else "its documentation page lists them."
-            raise UserError(f"{system.slug} has no option {name!r}: {hint}")

@@ -129,7 +129,10 @@ def _recompositions(runs: Sequence[Run], draw: Any) -> list[tuple[str, str, Any]
     for run in runs:
         if run.get("events"):
             shown.setdefault(run["label"], run)
-    hint = "Pairs that were fused into the frozen part and started again on new directions, by layer and step."
+    hint = (
+        "How often each pair (slot) of a layer was fused into the frozen part and started again on a new direction "
+        "of W; point at a field for the steps."
+    )
     return [(f"Recomposed pairs: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
 
 

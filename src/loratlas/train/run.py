@@ -87,7 +87,11 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
     set_seed(spec.seed)
     model = load_model(spec.model, task)
     set_seed(spec.seed)
-    adapted = get_peft_model(model, build_config(system, task.task, model, spec.options))
+    config = build_config(system, task.task, model, spec.options)
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:  # ours are ValueErrors too, and read well as they are
+        raise UserError(str(error)) from None
     rate = spec.learning_rate or system.lr or FALLBACK_LR
     watch = Watch(progress, task.metric)
     trainer = WatchedTrainer(
@@ -113,6 +117,7 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
     if not evals or evals[-1]["step"] != trainer.state.global_step:
         trainer.evaluate()
         evals = _evaluations(trainer)
+    _drop_empty(Path(spec.output_dir) / CHECKPOINTS)
     adapter_dir = _save(adapted, task, Path(spec.output_dir) / ADAPTER)
     trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
     result = RunResult(
@@ -145,7 +150,7 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
 
 
 def prepare_output(directory: str | Path, *, overwrite: bool = False) -> Path:
-    """Make `directory` for a new run or comparison.
+    """Clear the way for a new run or comparison in `directory`; it is made when something is written.
 
     Raises:
         UserError: there is something in it and `overwrite` is False, or it is a file.
@@ -157,7 +162,6 @@ def prepare_output(directory: str | Path, *, overwrite: bool = False) -> Path:
         if not overwrite:
             raise UserError(f"{path} is not empty: choose another --out, or add --overwrite to replace what is there.")
         shutil.rmtree(path)
-    path.mkdir(parents=True, exist_ok=True)
     return path
 
 
@@ -211,6 +215,12 @@ def _save(model: PeftModel, task: TaskData, directory: Path) -> Path:
         model.save_pretrained(str(folder))
         task.processor.save_pretrained(str(folder))
     return directory
+
+
+def _drop_empty(directory: Path) -> None:
+    """Trainer makes its directory even if no checkpoint is asked for."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

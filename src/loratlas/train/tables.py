@@ -94,17 +94,17 @@ def _read_file(path: Path) -> Dataset:
     options: dict[str, Any] = {"delimiter": "\t"} if path.suffix.lower() == ".tsv" else {}
     if reader == "text":
         options["sample_by"] = "paragraph"
+    if path.suffix.lower() in (".jsonl", ".ndjson"):
+        _check_lines(path)  # Arrow's reader names no line, and takes lists for rows
     try:
         return load_dataset(reader, data_files=str(path), split="train", **options)
     except (DatasetsError, ValueError, OSError) as error:
-        if reader == "json":
-            _name_broken_line(path)
         cause = error.__cause__ or error
         raise UserError(f"{path} cannot be read as {reader}: {' '.join(str(cause).split())[:300]}") from None
 
 
-def _name_broken_line(path: Path) -> None:
-    """Raise `UserError` for the first line that is no JSON object; return if there is none."""
+def _check_lines(path: Path) -> None:
+    """Raise `UserError` for the first line that is no JSON object."""
     with path.open(encoding="utf-8", errors="replace") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():

@@ -64,6 +64,9 @@ class WatchedTrainer(Trainer):
     def __init__(self, watch: Watch, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.remove_callback(PrinterCallback)
+        # Trainer takes a model's **kwargs for a promise to divide its loss by the items of all accumulated batches;
+        # most classifiers break it. Our batches have equal numbers of items, so the mean of their means is right.
+        self.model_accepts_loss_kwargs = False
         self.add_callback(watch)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
