@@ -1,29 +1,42 @@
-# Everything needs only Python 3.11, make and PyPI; each target sets up its own virtual environment.
+# Everything needs only Python 3.10 or later, make and PyPI; each target sets up its own virtual environment.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test lint conformance clean
+.PHONY: demo test lint conformance docs clean
 
-test: $(VENV)/.test-installed lint
-	$(BIN)/lint-imports
+demo: $(VENV)/.demo-installed
+	$(BIN)/loratlas compare lora pissa srlora --demo
+
+test: $(VENV)/.test-installed lint docs
 	$(BIN)/python tests/conformance/run.py
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --cov=loratlas --cov-report=term
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --cov=loratlas --cov-report=term:skip-covered
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-
-$(VENV)/.test-installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --upgrade pip
-	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
-	touch $@
+	$(BIN)/lint-imports
 
 conformance: $(VENV)/.test-installed
 	$(BIN)/python tests/conformance/run.py
+
+docs: $(VENV)/.test-installed
+	$(BIN)/mkdocs build --quiet --strict --site-dir .cache/site
+
+$(VENV)/.torch-installed: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --upgrade pip
+	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
+	touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.torch-installed pyproject.toml
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[demo]"
+	touch $@
+
+$(VENV)/.test-installed: $(VENV)/.torch-installed pyproject.toml
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[test]"
+	touch $@ $(VENV)/.demo-installed
 
 clean:
 	rm -rf $(VENV) .cache

@@ -77,7 +77,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
                 **_member(label),
             )
         _add_line(figure, index, label, steps, mean, "lines+markers")
-    finals = [run["final"] for run in runs if run["method"] == baseline]
+    finals = [run["final"] for run in runs if run["method"] == baseline and run["final"] is not None]
     if finals:
         figure.add_hline(
             y=fmean(finals),
@@ -97,7 +97,7 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
     )
     figure = make_subplots(rows=1, cols=3, subplot_titles=[title for title, _ in columns], shared_yaxes=True)
     for place, (_, value) in enumerate(columns, start=1):
-        values = [[value(run) for run in group] for group in groups.values()]
+        values = [[value(run) or 0.0 for run in group] for group in groups.values()]
         means = [fmean(each) for each in values]
         figure.add_bar(
             x=means,

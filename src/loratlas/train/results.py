@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -51,7 +52,8 @@ class RunResult:
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """As JSON; a number that is not finite, as a diverged run may have, becomes null."""
+        return _finite(asdict(self))
 
 
 @dataclass
@@ -102,7 +104,16 @@ class Comparison:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "rows": self.rows()}
+        """As JSON, with the rows."""
+        return _finite({**asdict(self), "rows": self.rows()})
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def versions() -> dict[str, str]:

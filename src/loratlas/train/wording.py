@@ -39,17 +39,25 @@ def row_cells(row: Row) -> list[str]:
 
 
 def ranked(comparison: dict[str, Any]) -> list[Row]:
-    """The rows, best mean metric first; ties keep the order of the comparison."""
+    """The rows, best mean metric first, those without a finite one last; ties keep the order of the comparison."""
     sign = -1.0 if comparison["greater_is_better"] else 1.0
-    return sorted(comparison["rows"], key=lambda row: sign * fmean(row["values"]))
+
+    def place(row: Row) -> tuple[bool, float]:
+        lost = any(value is None for value in row["values"])
+        return lost, 0.0 if lost else sign * fmean(row["values"])
+
+    return sorted(comparison["rows"], key=place)
 
 
-def _metric(values: list[float]) -> str:
+def _metric(values: list[float | None]) -> str:
     """The mean, and with several seeds the distance from it to the farthest seed."""
-    mean = fmean(values)
-    if len(values) == 1:
+    numbers = [value for value in values if value is not None]
+    if len(numbers) < len(values):
+        return "not finite"
+    mean = fmean(numbers)
+    if len(numbers) == 1:
         return f"{mean:.4f}"
-    return f"{mean:.4f} ± {max(abs(value - mean) for value in values):.4f}"
+    return f"{mean:.4f} ± {max(abs(value - mean) for value in numbers):.4f}"
 
 
 def _size(size: int) -> str:

@@ -1,0 +1,132 @@
+"""The report is one file, complete, escaped, and shows every method."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loratlas import UserError
+from loratlas.train import figures
+from loratlas.train.report import write_report
+from loratlas.train.wording import headings, ranked, row_cells
+
+
+def run(method: str, label: str, seed: int, final: float, **more: Any) -> dict[str, Any]:
+    steps = range(1, 11)
+    return {
+        "method": method,
+        "label": label,
+        "seed": seed,
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "final": final,
+        "history": [{"step": step, "loss": 3.0 / step} for step in steps],
+        "evals": [{"step": 5, "accuracy": final / 2}, {"step": 10, "accuracy": final}],
+        "trainable_parameters": 12345,
+        "step_seconds": 0.25,
+        "learning_rate": 1e-3,
+        "batch_size": 8,
+        "steps": 10,
+        "seconds": 4.0,
+        "options": {"r": 2},
+        "versions": {"torch": "2"},
+        **more,
+    }
+
+
+def comparison() -> dict[str, Any]:
+    event = {"step": 4, "layer": "a.query", "slots": [0, 3], "old_dirs": [0, 3], "new_dirs": [4, 5]}
+    later = {**event, "step": 7, "slots": [0], "old_dirs": [4], "new_dirs": [6]}
+    runs = [
+        run("lora", "LoRA", 0, 0.5),
+        run("lora", "LoRA", 1, 0.6),
+        run(
+            "srlora",
+            "SR<b>LoRA",
+            0,
+            0.7,
+            events=[event, {**event, "step": 7, "slots": [0], "old_dirs": [4], "new_dirs": [6]}],
+        ),
+        run("srlora", "SR<b>LoRA", 1, 0.8, events=[event]),
+    ]
+    row = {"trainable_parameters": 12345, "relative_step_time": 1.0, "peak_memory_bytes": 3 * 2**30}
+    rows = [
+        {**row, "method": "lora", "label": "LoRA", "values": [0.5, 0.6], "steps_to_baseline": 10},
+        {**row, "method": "srlora", "label": "SR<b>LoRA", "values": [0.7, 0.8], "steps_to_baseline": None},
+    ]
+    return {
+        "task": "reviews & more",
+        "metric": "accuracy",
+        "greater_is_better": True,
+        "baseline": "lora",
+        "notes": ["One <note>."],
+        "rows": rows,
+        "runs": runs,
+    }
+
+
+def test_the_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
+    path = write_report(comparison(), tmp_path / "report.html", "loratlas compare 'a b'")
+    page = path.read_text()
+    assert "<script src=" not in page
+    assert "<link" not in page
+    assert page.count("<h2>") == 6
+    assert "SR<b>LoRA" not in page.replace("\\u003c", "<!")
+    assert "SR&lt;b&gt;LoRA" in page
+    assert "One &lt;note&gt;." in page
+    assert "loratlas compare &#x27;a b&#x27;" in page
+    assert page.index("SR&lt;b&gt;LoRA</th>") < page.index("LoRA</th><td>0.5500")
+
+
+def test_the_words_of_the_leaderboard() -> None:
+    value = comparison()
+    assert headings(value)[3] == "steps to the final accuracy of lora"
+    best, second = ranked(value)
+    assert row_cells(best) == ["SR<b>LoRA", "0.7500 ± 0.0500", "12,345", "not reached", "1.00", "3.00 GiB"]
+    assert row_cells({**second, "values": [0.5], "relative_step_time": None, "peak_memory_bytes": None})[1:] == [
+        "0.5000",
+        "12,345",
+        "10",
+        "-",
+        "-",
+    ]
+    lost = {**best, "values": [0.9, None]}
+    assert ranked({**value, "rows": [lost, second]})[1] is lost
+    assert row_cells(lost)[1] == "not finite"
+    assert [row["method"] for row in ranked({**value, "greater_is_better": False})] == ["lora", "srlora"]
+
+
+def test_figures_show_what_the_runs_hold() -> None:
+    runs = comparison()["runs"]
+    assert figures.smooth([1.0, 3.0], 2) == pytest.approx([1.0, (0.25 * 1 + 0.5 * 3) / 0.75])
+    metric = figures.metric_figure(runs, "lora")
+    lines = {trace.name: list(trace.y) for trace in metric.data if trace.mode == "lines+markers"}
+    assert lines == {"LoRA": pytest.approx([0.275, 0.55]), "SR&lt;b&gt;LoRA": pytest.approx([0.375, 0.75])}
+    heat = figures.recomposition_figure(runs[2]).data[0]
+    assert [list(row) for row in heat.z] == [[2, 0, 0, 1]]
+    assert heat.customdata[0][0] == "step 4: direction 0 to 4<br>step 7: direction 4 to 6"
+
+
+def test_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no finished run"):
+        write_report({**comparison(), "runs": []}, tmp_path / "report.html")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_a_browser_draws_every_plot_without_errors(tmp_path: Path) -> None:
+    path = write_report(comparison(), tmp_path / "report.html")
+    words = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--enable-logging=stderr"]
+    done = subprocess.run(
+        ["chromium", *words, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.count('class="main-svg"') >= 4
+    assert "CONSOLE" not in done.stderr
