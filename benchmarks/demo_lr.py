@@ -15,12 +15,13 @@ import typer
 from loratlas.commands.quiet import quiet_libraries
 from loratlas.files import write_json
 
-GRID = (1e-3, 2e-3, 5e-3, 1e-2)
+GRID = (1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
 
 
 def main(
     methods: list[str],
     out: Annotated[Path, typer.Option(help="Directory of the runs; rates.json in it holds all of them.")],
+    rate: Annotated[list[float] | None, typer.Option(help="Learning rates instead of the grid.")] = None,
     steps: int = 150,
     seed: int = 1,
 ) -> None:
@@ -37,12 +38,12 @@ def main(
     model = demo.demo_model()
     task = load_task(tables, model, name=demo.NAME, max_length=demo.MAX_LENGTH)
     rows = []
-    for rate in GRID:
-        spec = RunSpec("", model, str(out / f"{rate:g}"), steps=steps, learning_rate=rate, eval_every=steps)
+    for each in rate or GRID:
+        spec = RunSpec("", model, str(out / f"{each:g}"), steps=steps, learning_rate=each, eval_every=steps)
         for run in compare(methods, spec, task, seeds=[seed]).runs:
             keys = ("method", "learning_rate", "seed", "steps", "final", "step_seconds", "diverged_at")
             rows.append({key: getattr(run, key) for key in keys})
-            typer.echo(f"{run.method:12} {rate:6g}  {run.metric} {run.final:.4f}")
+            typer.echo(f"{run.method:12} {each:6g}  {run.metric} {run.final:.4f}")
             write_json(out / "rates.json", rows)
 
 

@@ -44,13 +44,7 @@ def comparison() -> dict[str, Any]:
     runs = [
         run("lora", "LoRA", 0, 0.5),
         run("lora", "LoRA", 1, 0.6),
-        run(
-            "srlora",
-            "SR<b>LoRA",
-            0,
-            0.7,
-            events=[event, {**event, "step": 7, "slots": [0], "old_dirs": [4], "new_dirs": [6]}],
-        ),
+        run("srlora", "SR<b>LoRA", 0, 0.7, events=[event, later]),
         run("srlora", "SR<b>LoRA", 1, 0.8, events=[event]),
     ]
     row = {"trainable_parameters": 12345, "relative_step_time": 1.0, "peak_memory_bytes": 3 * 2**30}

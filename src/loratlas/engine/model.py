@@ -204,15 +204,15 @@ class AtlasModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         prefix = "base_model.model."
-        missing, total = [], 0
+        missing, expected = [], set[str]()
         resized: list[tuple[Any, Tensor]] = []
         for path, layer in atlas_layers(model, adapter_name):
             for name in (*layer.method.params, *layer.buffer_names()):
                 store = layer.store(name)
                 if adapter_name not in store:
                     continue
-                total += 1
                 key = f"{path}.{layer.prefix}{name}.{adapter_name}"
+                expected |= {key, prefix + key}
                 value = mapped.get(key, mapped.get(prefix + key))
                 if value is None:
                     missing.append(key)
@@ -229,8 +229,14 @@ class AtlasModel(BaseTuner):
                 resized.append((store, torch.zeros(value.shape, dtype=own.dtype, device=own.device)))
         if missing:
             raise UserError(
-                f"adapter file: {len(missing)} of {total} tensors are missing, the first is {missing[0]}; the file "
-                "belongs to another model or method, or was cut short."
+                f"adapter file: {len(missing)} of {len(expected) // 2} tensors are missing, the first is "
+                f"{missing[0]}; the file belongs to another model or method, or was cut short."
+            )
+        surplus = [key for key in mapped if f".{cls.prefix}" in key and key not in expected]
+        if surplus:
+            raise UserError(
+                f"adapter file: {len(surplus)} tensors have no place in this model, the first is {surplus[0]}; load it "
+                "on the base model and with the adapter_config.json it was trained with."
             )
         for store, room in resized:
             store[adapter_name] = room
