@@ -22,7 +22,7 @@ conformance: $(VENV)/.test-installed
 	$(BIN)/python tests/conformance/run.py
 
 docs: $(VENV)/.test-installed
-	$(BIN)/mkdocs build --quiet --strict --site-dir .cache/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir .cache/site
 
 $(VENV)/.torch-installed: constraints.txt
 	$(PYTHON) -m venv $(VENV)

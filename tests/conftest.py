@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -11,12 +10,6 @@ import pytest
 import torch
 
 import loratlas  # noqa: F401 - registers the adapter types
-
-OWN_GOLDEN = Path(__file__).parent / "golden"
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--golden-dir", default=str(OWN_GOLDEN), help="folder of <slug>/*.safetensors to replay")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

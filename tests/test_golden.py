@@ -8,11 +8,12 @@ from types import ModuleType
 
 import pytest
 
+OWN = Path(__file__).parent / "golden"
 REPLAYS = Path(__file__).parent / "replay"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    folder = Path(metafunc.config.getoption("--golden-dir"))
+    folder = Path(metafunc.config.getoption("--golden-dir") or OWN)
     if not folder.is_dir():
         raise pytest.UsageError(f"--golden-dir {folder} is not a directory")
     files = [
