@@ -1,49 +1,164 @@
-"""Tables of the site that are made from the code, so that they cannot go stale.
+"""What the site takes from the code when it is built, so that it cannot go stale.
 
-`<!-- catalogue -->` becomes the table of all systems, `<!-- options: module:Class -->` the options of a configuration.
+A comment on a line of its own is replaced:
+
+    <!-- catalogue -->                      every system of the catalogue
+    <!-- baselines -->                      what they are compared with
+    <!-- options: module:Class -->          the fields of a configuration, with defaults and help
+    <!-- command: name -->                  the arguments and options of a `loratlas` command
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import inspect
+import logging
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from loratlas.catalog import System, baselines, systems
 
-_OPTIONS = re.compile(r"<!-- options: ([\w.]+):(\w+) -->")
+log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
+
+METHODS = Path(__file__).parent / "methods"
+MARKER = re.compile(r"^<!-- (?P<what>[a-z]+)(?:: (?P<of>\S+))? -->$", re.MULTILINE)
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    if "<!-- catalogue -->" in markdown:
-        pages = {path.stem for path in Path(page.file.abs_src_path).parent.glob("*.md")}
-        markdown = markdown.replace("<!-- catalogue -->", _catalogue(pages))
-    return _OPTIONS.sub(lambda found: _options(found[1], found[2]), markdown)
+    """Called by MkDocs for every page: replace its markers."""
+
+    def replace(match: re.Match[str]) -> str:
+        make = GENERATORS.get(match["what"])
+        if make is None:
+            log.warning("%s: there is nothing to put in the place of %s", page.file.src_uri, match[0])
+            return match[0]
+        return make(*filter(None, [match["of"]]))
+
+    return MARKER.sub(replace, markdown)
 
 
-def _catalogue(pages: set[str]) -> str:
-    lines = []
-    for title, rows in (("Systems", systems()), ("Baselines", baselines())):
-        lines += [f"## {title}", "", "| method | kind | paper | exports as | status | |", "|---|---|---|---|---|---|"]
-        lines += [_row(row, pages) for row in rows]
-        lines.append("")
-    return "\n".join(lines)
+def catalogue() -> str:
+    every = systems()
+    done = sum(system.status == "implemented" for system in every)
+    return f"{len(every)} systems, {done} of them implemented.\n\n{_systems(every)}"
 
 
-def _row(row: System, pages: set[str]) -> str:
-    name = f"[{row.name}]({row.slug}.md)" if row.slug in pages else row.name
-    paper = f"[{row.paper}](https://arxiv.org/abs/{row.paper})"
-    cells = (f"{name} `{row.slug}`", row.kind, paper, ", ".join(row.exports), row.status, row.summary)
-    return f"| {' | '.join(cells)} |"
+def known_baselines() -> str:
+    return _systems(baselines())
 
 
-def _options(module: str, name: str) -> str:
+def options(target: str) -> str:
+    """Two tables: the fields that the class declares itself, and those it inherits from the library's own classes."""
+    module, _, name = target.partition(":")
     cls = getattr(importlib.import_module(module), name)
-    lines = ["| option | default | meaning |", "|---|---|---|"]
-    for field in dataclasses.fields(cls):
-        if "help" in field.metadata:
-            default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-            lines.append(f"| `{field.name}` | `{default!r}` | {field.metadata['help'].replace('|', '&#124;')} |")
-    return "\n".join(lines)
+    inherited = {field for base in cls.__mro__[1:] if _ours(base) for field in _declared(base)}
+    foreign = {field for base in cls.__mro__ if not _ours(base) for field in _declared(base)}
+    fields = [field for field in dataclasses.fields(cls) if field.name not in foreign - inherited]
+    for field in fields:
+        if "help" not in field.metadata and field.name in {*_declared(cls), *inherited}:
+            log.warning("%s: the field %s has no help text", target, field.name)
+    own = [field for field in fields if field.name in _declared(cls)]
+    shared = [field for field in fields if field.name not in _declared(cls)]
+    parts = [_fields(own)]
+    if shared:
+        parts.append(f"Shared by all adapters:\n\n{_fields(shared)}")
+    return "\n\n".join(parts)
+
+
+def command(name: str) -> str:
+    """The parameters of a command, in the groups of its --help."""
+    import typer.main
+
+    from loratlas.cli import app
+
+    # typer's classes, seen through the attributes that its help reads
+    parameters: list[Any] = typer.main.get_command(app).commands[name].params  # type: ignore[attr-defined]
+    groups: dict[str, list[Any]] = {}
+    for parameter in parameters:
+        if parameter.name == "help":
+            continue
+        panel = getattr(parameter, "rich_help_panel", None)
+        positional = parameter.param_type_name == "argument"
+        groups.setdefault("Arguments" if positional else panel or "General", []).append(parameter)
+    order = ["Arguments", *sorted(set(groups) - {"Arguments", "General"}, key=list(groups).index), "General"]
+    return "\n\n".join(f"**{group}**\n\n{_parameters(groups[group])}" for group in order if group in groups)
+
+
+GENERATORS: dict[str, Callable[..., str]] = {
+    "catalogue": catalogue,
+    "baselines": known_baselines,
+    "options": options,
+    "command": command,
+}
+
+
+def _systems(found: Iterable[System]) -> str:
+    return _table(
+        ("slug", "system", "kind", "paper", "official code", "ships as", "status", "what it does"),
+        [
+            (
+                f"`{system.slug}`",
+                _name(system),
+                system.kind,
+                f"[{system.paper}](https://arxiv.org/abs/{system.paper})",
+                f"[{system.official}](https://github.com/{system.official})" if system.official else "–",
+                ", ".join(system.exports),
+                system.status,
+                system.summary,
+            )
+            for system in found
+        ],
+    )
+
+
+def _name(system: System) -> str:
+    """The name, linked to the method's page; an implemented method of ours must have one."""
+    if (METHODS / f"{system.slug}.md").is_file():
+        return f"[{system.name}]({system.slug}.md)"
+    if system.entry.startswith("loratlas."):
+        log.warning("%s is implemented and has no page docs/methods/%s.md", system.slug, system.slug)
+    return system.name
+
+
+def _ours(cls: type) -> bool:
+    return cls.__module__.split(".")[0] == "loratlas"
+
+
+def _declared(cls: type) -> list[str]:
+    return list(inspect.get_annotations(cls))
+
+
+def _fields(fields: Iterable[dataclasses.Field[Any]]) -> str:
+    rows = [(f"`{f.name}`", f"`{f.type}`", f"`{_default(f)}`", f.metadata.get("help", "")) for f in fields]
+    return _table(("option", "type", "default", "meaning"), rows)
+
+
+def _default(field: dataclasses.Field[Any]) -> str:
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return "required" if field.default is dataclasses.MISSING else repr(field.default)
+
+
+def _parameters(parameters: Iterable[Any]) -> str:
+    rows = []
+    for parameter in parameters:
+        positional = parameter.param_type_name == "argument"
+        name = parameter.name.upper() if positional else ", ".join(parameter.opts)
+        plain = parameter.default is None or parameter.default is False or callable(parameter.default)
+        default = "required" if parameter.required else "–" if plain else f"`{_plain(parameter.default)}`"
+        rows.append((f"`{name}`", default, parameter.help or ""))
+    return _table(("name", "default", "meaning"), rows)
+
+
+def _plain(value: Any) -> str:
+    return str(getattr(value, "value", value))  # an Enum's value is what one types
+
+
+def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
+    )
