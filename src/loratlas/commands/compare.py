@@ -87,12 +87,13 @@ def compare(
             max_length=max_length,
             limit=limit,
         )
+        loaded = work.load()
         prepare_output(directory, overwrite=overwrite)
-    spec = options.make_spec(work, directory, method="", **training)
-    error_console().print(work.task.description, markup=False)
+    spec = RunSpec(method="", model=work.base, output_dir=str(directory), **training)
+    error_console().print(loaded.description, markup=False)
     with ConsoleProgress(error_console()) as progress:
         result = compare_methods(
-            methods, spec, work.task, seeds=range(seeds), options=own, baseline=baseline, progress=progress
+            methods, spec, loaded, seeds=range(seeds), options=own, baseline=baseline, progress=progress
         )
     report = write_report(result.to_dict(), directory / "report.html", _command())
     if as_json:

@@ -1,9 +1,8 @@
-"""What `train` and `compare` share: the options for model, data and training, and how they become a task and a spec."""
+"""What `train` and `compare` share: the options for model, data and training, and what they mean."""
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,8 +12,7 @@ import yaml
 from loratlas.errors import UserError
 
 if TYPE_CHECKING:
-    from loratlas.train.data import TaskData
-    from loratlas.train.run import RunSpec
+    from loratlas.train.work import Work
 
 _MODEL, _DATA, _TRAINING = "Model", "Data", "Training"
 
@@ -89,14 +87,6 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON; progress goes to standard error.")]
 
 
-@dataclass
-class Work:
-    """The model and data that the options name."""
-
-    model: str
-    task: TaskData
-
-
 def read_work(
     *,
     demo: bool,
@@ -110,31 +100,18 @@ def read_work(
     max_length: int | None,
     limit: int | None,
 ) -> Work:
-    """Load and encode the data.
+    """The model and data that the options name; nothing is loaded yet.
 
     Raises:
-        UserError: neither --demo nor --model and --data, or data that `load_task` refuses.
+        UserError: neither --demo nor --model and --data.
     """
     if not demo and (model is None or data is None):
         missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
         raise UserError(f"{missing} missing: give a model and data, or try it with --demo.")
-    from loratlas.train import demo as embedded
-    from loratlas.train.data import load_task
-    from loratlas.train.tables import read_tables
+    from loratlas.train.work import Work
 
-    chosen = model or embedded.demo_model()
-    tables = embedded.docstrings() if data is None else read_tables(data, test, limit)
-    loaded = load_task(
-        tables,
-        chosen,
-        name=data or embedded.NAME,
-        task=task,
-        text_columns=text_columns,
-        label_column=label_column,
-        metric=metric,
-        max_length=max_length or (embedded.MAX_LENGTH if data is None else 128),
-    )
-    return Work(chosen, loaded)
+    columns = tuple(text_columns or ())
+    return Work(model, data, test, task, columns, label_column, metric, max_length, limit)
 
 
 def parse_settings(pairs: list[str] | None, methods: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -169,9 +146,3 @@ def output_directory(out: Path | None, name: str) -> Path:
         return out
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
     return next(path for path in (Path("runs") / each for each in names) if not path.exists())
-
-
-def make_spec(work: Work, out: Path, **settings: Any) -> RunSpec:
-    from loratlas.train.run import RunSpec
-
-    return RunSpec(model=work.model, output_dir=str(out), **settings)

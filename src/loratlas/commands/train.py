@@ -54,7 +54,7 @@ def train(
     with error_console().status("reading model and data"):
         from loratlas.train.console import ConsoleProgress
         from loratlas.train.methods import check_options, trainable
-        from loratlas.train.run import ADAPTER, prepare_output, run
+        from loratlas.train.run import ADAPTER, RunSpec, prepare_output, run
 
         shared, own = options.parse_settings(settings, [method])
         chosen = {**shared, **own.get(method, {})}
@@ -74,12 +74,13 @@ def train(
             max_length=max_length,
             limit=limit,
         )
+        loaded = work.load()
         if not resume:
             prepare_output(directory, overwrite=overwrite)
-    spec = options.make_spec(
-        work,
-        directory,
+    spec = RunSpec(
         method=method,
+        model=work.base,
+        output_dir=str(directory),
         options=chosen,
         steps=steps,
         batch_size=batch_size,
@@ -91,9 +92,9 @@ def train(
         seed=seed,
         save_every=save_every,
     )
-    error_console().print(work.task.description, markup=False)
+    error_console().print(loaded.description, markup=False)
     with ConsoleProgress(error_console()) as progress:
-        result = run(spec, work.task, progress, resume=resume)
+        result = run(spec, loaded, progress, resume=resume)
     if as_json:
         print_json(result)
     else:
