@@ -54,6 +54,8 @@ class AtlasConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # what `calibrate` gathered, {module: {statistic: tensor}}: needed once, so it is no field and is not saved
+        self.calibration: dict[str, dict[str, Any]] | None = None
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             if isinstance(value, list):

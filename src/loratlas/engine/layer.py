@@ -58,6 +58,7 @@ class AtlasLayer(nn.Module, Merging):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._untouched = None
+        self.statistics: dict[str, Tensor] = {}
         self.register_load_state_dict_post_hook(_derive_after_load)
 
     @classmethod
@@ -88,18 +89,34 @@ class AtlasLayer(nn.Module, Merging):
 
     # ------------------------------------------------------------------------------------------ making an adapter
 
-    def update_layer(self, adapter: str, config: AtlasConfig, r: int, alpha: float | None) -> int:
-        """Add `adapter`; returns its rank, which is below `r` where the layer has fewer useful directions."""
+    def update_layer(
+        self, adapter: str, config: AtlasConfig, r: int, alpha: float | None, statistics: dict[str, Tensor]
+    ) -> int:
+        """Add `adapter`; returns its rank, which is below `r` where the layer has fewer useful directions.
+
+        statistics: what `calibrate` gathered of this layer.
+
+        Raises:
+            UserError: the method's start needs statistics that are not there.
+        """
         base = self.get_base_layer()
         needs_start = not (config.initialized or _on_meta(base))
         self._allocate(adapter, config, r, alpha)
         if needs_start and not _on_meta(self):
+            missing = [name for name in self.method.gather(config) if name not in statistics]
+            if missing:
+                raise UserError(
+                    f"{self.method.name} starts from the {missing[0]} of this layer on your data: call "
+                    "loratlas.calibrate(model, config, batches) before get_peft_model."
+                )
+            self.statistics = statistics
             with torch.no_grad():
                 usable = self.method.init(self.view(adapter), self.base_matrix)
                 if usable is not None and usable < r:
                     r = usable
                     self._allocate(adapter, config, r, alpha)
                     self.method.init(self.view(adapter), self.base_matrix)
+            self.statistics = {}
             self.derive(adapter)
         return r
 

@@ -37,6 +37,7 @@ class View:
         r: rank in this layer (after rank_pattern).
         scaling: the factor s of this layer.
         op: the layer kind's view of its weight; `op.shape` is the canonical (out, in).
+        statistics: what `calibrate` gathered of this layer, by name; only during `init`, empty if nothing was.
         layer, adapter: where the tensors live; methods do not store anything on them.
 
     A tensor that the method declares but that `shapes` left out for this config reads as None.
@@ -49,6 +50,7 @@ class View:
         self.r: int = layer.atlas_r[adapter]
         self.scaling: float = layer.atlas_scaling[adapter]
         self.op: Op = layer.op
+        self.statistics: dict[str, Tensor] = layer.statistics
 
     def __getattr__(self, name: str) -> Any:
         store = self.layer.store(name)
@@ -116,6 +118,10 @@ class Method:
 
     def on_host(self, cfg: Any) -> tuple[str, ...]:
         """Buffers that stay in CPU memory wherever the layer is (large and rarely read)."""
+        return ()
+
+    def gather(self, cfg: Any) -> tuple[str, ...]:
+        """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:

@@ -98,7 +98,8 @@ class AtlasModel(BaseTuner):
         own = target if isinstance(target, AtlasLayer) and target.method is self.method else None
         is_new, layer = own is None, own if own is not None else self._wrap(target, current_key)
         try:
-            r = layer.update_layer(adapter_name, config, wanted, alpha)
+            statistics = (config.calibration or {}).get(current_key, {})
+            r = layer.update_layer(adapter_name, config, wanted, alpha, statistics)
         except UserError as error:
             raise UserError(f"module {current_key}: {error}") from None
         if r < wanted:
