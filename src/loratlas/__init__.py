@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratlas.adapters.lora import AtlasLoraConfig
+    from loratlas.adapters.salt import SaltConfig
+    from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
@@ -23,6 +25,8 @@ __all__ = [
     "Lifecycle",
     "LifecycleCallback",
     "SRLoraConfig",
+    "SaltConfig",
+    "SoKAConfig",
     "UserError",
     "__version__",
     "attach",
@@ -31,6 +35,8 @@ __all__ = [
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "SRLoraConfig": "loratlas.adapters.srlora",
+    "SaltConfig": "loratlas.adapters.salt",
+    "SoKAConfig": "loratlas.adapters.soka",
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",

@@ -101,7 +101,7 @@ class AtlasLayer(nn.Module, Merging):
         """
         base = self.get_base_layer()
         needs_start = not (config.initialized or _on_meta(base))
-        self._allocate(adapter, config, r, alpha)
+        self.allocate(adapter, config, r, alpha)
         if needs_start and not _on_meta(self):
             missing = [name for name in self.method.gather(config) if name not in statistics]
             if missing:
@@ -113,14 +113,14 @@ class AtlasLayer(nn.Module, Merging):
             with torch.no_grad():
                 usable = self.method.init(self.view(adapter), self.base_matrix)
                 if usable is not None and usable < r:
-                    r = usable
-                    self._allocate(adapter, config, r, alpha)
+                    self.allocate(adapter, config, usable, alpha)
                     self.method.init(self.view(adapter), self.base_matrix)
             self.statistics = {}
             self.derive(adapter)
-        return r
+        return self.atlas_r[adapter]
 
-    def _allocate(self, adapter: str, config: AtlasConfig, r: int, alpha: float | None) -> None:
+    def allocate(self, adapter: str, config: AtlasConfig, r: int, alpha: float | None) -> None:
+        """Give `adapter` its tensors, all zeros, at rank r."""
         n_out, n_in = self.op.shape
         device, dtype = self._adapter_place()
         self.atlas_config[adapter] = config
@@ -134,6 +134,17 @@ class AtlasLayer(nn.Module, Merging):
         if self.method.has_lifecycle():
             for name in CLOCK:
                 self.store(name)[adapter] = torch.zeros((), dtype=torch.int64, device=device)
+
+    def fit(self, adapter: str, tensors: dict[str, Tensor]) -> None:
+        """Take the rank of `tensors`, a saved layer by tensor name, if the method finds another one in them."""
+        r = self.method.rank_in(self.atlas_config[adapter], tensors)
+        if r is None or r == self.atlas_r[adapter]:
+            return
+        live = [name for name in self.method.params if adapter in self.store(name)]
+        flags = {name: self.store(name)[adapter].requires_grad for name in live}
+        self.allocate(adapter, self.atlas_config[adapter], r, self.atlas_alpha[adapter])
+        for name, flag in flags.items():
+            self.store(name)[adapter].requires_grad_(flag)
 
     def _adapter_place(self) -> tuple[torch.device | None, torch.dtype]:
         """Device of the base weight, and fp32, or fp64 for fp64 bases."""

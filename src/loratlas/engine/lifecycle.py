@@ -100,7 +100,7 @@ class Lifecycle:
             optimizer.register_step_post_hook(self._after),
         ]
         if any(group.method.overrides("extra_loss") for group in self.groups):
-            self._handles.append(model.register_forward_hook(self._add_losses))
+            self._handles.append(model.register_forward_hook(_LossHook(self)))
         self._skipped = False
 
     @torch.no_grad()
@@ -124,7 +124,8 @@ class Lifecycle:
             method.after_step(views, context)
             torch._foreach_add_([view.step for view in views], 1)
 
-    def _add_losses(self, model: nn.Module, args: Any, output: Any) -> Any:
+    def add_losses(self, output: Any) -> Any:
+        """The model's output with the methods' terms added to its loss, if it has one."""
         loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
             terms = [term for group in self.groups if (term := group.method.extra_loss(group.views)) is not None]
@@ -136,6 +137,21 @@ class Lifecycle:
             handle.remove()
         self._handles = []
         _ATTACHED.pop(self.optimizer, None)
+
+
+class _LossHook:
+    """Forward hook that adds the methods' terms. In a copy of the model, which no optimizer trains, it does nothing."""
+
+    def __init__(self, lifecycle: Lifecycle | None) -> None:
+        # the optimizer's hooks keep the lifecycle alive
+        self._lifecycle = weakref.ref(lifecycle) if lifecycle is not None else lambda: None
+
+    def __call__(self, model: nn.Module, args: Any, output: Any) -> Any:
+        lifecycle = self._lifecycle()
+        return output if lifecycle is None else lifecycle.add_losses(output)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _LossHook:
+        return _LossHook(None)
 
 
 def attach(

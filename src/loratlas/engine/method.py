@@ -57,6 +57,11 @@ class View:
         # BufferDict has no `get`
         return store[self.adapter] if self.adapter in store else None  # noqa: SIM401
 
+    def shrink(self, r: int) -> None:
+        """Make the tensors anew, all zeros, at the smaller rank r. Only in `init` of a method that chooses its rank."""
+        self.layer.allocate(self.adapter, self.cfg, r, self.layer.atlas_alpha[self.adapter])
+        self.r, self.scaling = r, self.layer.atlas_scaling[self.adapter]
+
     def grow(self, name: str, value: Tensor) -> None:
         """Replace a buffer by one of another shape. Parameters never change shape: optimizers hold them by identity."""
         if name not in self.layer.method.growing:
@@ -93,6 +98,7 @@ class Method:
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
+        chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`.
     """
 
@@ -102,6 +108,7 @@ class Method:
     buffers: ClassVar[tuple[str, ...]] = ()
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
+    chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
     def scale(self, cfg: Any, r: int, alpha: float | None) -> float:
@@ -111,6 +118,10 @@ class Method:
     def shapes(self, cfg: Any, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
         """{tensor name: shape} of everything in `params` and `buffers` that this config uses."""
         raise NotImplementedError
+
+    def rank_in(self, cfg: Any, tensors: dict[str, Tensor]) -> int | None:
+        """Rank of a saved layer where its tensors say more than the config, which may be older; None: the config's."""
+        return None
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """{buffer name: dtype} of the buffers that are not floating point."""

@@ -104,11 +104,12 @@ class AtlasModel(BaseTuner):
             raise UserError(f"module {current_key}: {error}") from None
         if r < wanted:
             n_out, n_in = layer.op.shape
-            warn_once(
-                f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
-                f"{n_in}); this module uses r={r}.",
-                self._warned,
-            )
+            if not self.method.chooses_rank:
+                warn_once(
+                    f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
+                    f"{n_in}); this module uses r={r}.",
+                    self._warned,
+                )
             config.rank_pattern = {f"^{current_key}": r, **config.rank_pattern}
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if is_new:
@@ -208,13 +209,16 @@ class AtlasModel(BaseTuner):
         missing, expected = [], set[str]()
         resized: list[tuple[Any, Tensor]] = []
         for path, layer in atlas_layers(model, adapter_name):
-            for name in (*layer.method.params, *layer.buffer_names()):
-                store = layer.store(name)
+            keys = {
+                n: f"{path}.{layer.prefix}{n}.{adapter_name}" for n in (*layer.method.params, *layer.buffer_names())
+            }
+            found = {name: mapped.get(key, mapped.get(prefix + key)) for name, key in keys.items()}
+            layer.fit(adapter_name, {name: value for name, value in found.items() if value is not None})
+            for name, key in keys.items():
+                store, value = layer.store(name), found[name]
                 if adapter_name not in store:
                     continue
-                key = f"{path}.{layer.prefix}{name}.{adapter_name}"
                 expected |= {key, prefix + key}
-                value = mapped.get(key, mapped.get(prefix + key))
                 if value is None:
                     missing.append(key)
                     continue
