@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,10 @@ def model_output(base: nn.Module, job: dict[str, Any], inputs: dict[str, Tensor]
         unknown = base.load_state_dict(load_file(job["head"]), strict=False).unexpected_keys
         if unknown:
             raise SystemExit(f"the base model has no place for the head's tensor {unknown[0]}")
-    model = PeftModel.from_pretrained(base, job["adapter"]).eval()
+    with warnings.catch_warnings():
+        # all that PEFT says when a file does not fit the model
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        model = PeftModel.from_pretrained(base, job["adapter"]).eval()
     with torch.no_grad():
         return first_tensor(model(**inputs)).float().contiguous()
 
