@@ -154,7 +154,7 @@ def _summary(report: ExportReport) -> Iterator[str]:
         yield f"Merged model written to {report.directory} ({report.tensors} tensors)."
         yield f'Load it without LoRAtlas: AutoModel....from_pretrained("{report.directory}")'
         return
-    cut = f" of {report.exact_rank}" if report.rank < report.exact_rank else ""
+    cut = f" ({report.exact_rank} would be exact)" if report.rank < report.exact_rank else ""
     error = "exact" if report.relative_error == 0 else f"relative error {report.relative_error:.1e}"
     yield (
         f"LoRA written to {report.directory} ({report.tensors} tensors): rank {report.rank}{cut}, padded to "
@@ -171,9 +171,12 @@ def _summary(report: ExportReport) -> Iterator[str]:
 
 
 def _outcome(found: Verification) -> str:
-    layers = (
-        f"Loaded again by stock PEFT in a clean process: {found.layers} layers equal to {found.layer_difference:.0e}"
-    )
+    layers = f"Loaded again by stock PEFT in a clean process: {found.layers} layers agree {_to(found.layer_difference)}"
     if found.output_difference is None:
         return f"{layers}; outputs of the whole model not compared, {found.remark}."
-    return f"{layers}, outputs of the whole model to {found.output_difference:.0e} (largest {found.output_max:.0e})."
+    difference = f"differ by {found.output_difference:.1e}, at most {found.output_max:.1e}"
+    return f"{layers}, outputs of the whole model {difference if found.output_difference else 'agree exactly'}."
+
+
+def _to(difference: float) -> str:
+    return f"to {difference:.0e}" if difference else "exactly"

@@ -1,6 +1,6 @@
 """What runs in the clean process of `reload`: stock PEFT and transformers, and nothing of this library.
 
-Its source is handed to a fresh interpreter with the folder of a job (see `reload`), so it imports nothing of ours.
+A copy of this file is run in the folder of a job (see `reload`), so it imports nothing of ours.
 
     job.json              the adapter's folder, the modules of the model, how to load the base if there is a way
     probe.safetensors     inputs: "x.<path>" for single layers, "in.<name>" for the whole model

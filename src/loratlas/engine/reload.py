@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -195,8 +196,9 @@ def _recipe(model: PeftModel, adapter: str) -> dict[str, Any]:
 def _model_inputs(base: Any) -> dict[str, Tensor] | None:
     """Random tokens or pixels for a transformers model; None for one that takes something else."""
     config, generator = base.config, torch.Generator().manual_seed(0)
-    if base.main_input_name == "pixel_values" and hasattr(config, "image_size"):
-        sides = config.image_size if isinstance(config.image_size, (list, tuple)) else (config.image_size,) * 2
+    if base.main_input_name == "pixel_values":
+        size = getattr(config, "image_size", None) or 64  # convolutional networks take any
+        sides = size if isinstance(size, (list, tuple)) else (size, size)
         shape = (1, getattr(config, "num_channels", 3), *sides)
         return {"pixel_values": torch.randn(shape, generator=generator).to(base.dtype)}
     if base.main_input_name != "input_ids":
@@ -211,7 +213,6 @@ def _model_inputs(base: Any) -> dict[str, Tensor] | None:
 
 def _run(job: dict[str, Any], probe: dict[str, Tensor], config: Any) -> tuple[dict[str, Tensor], str]:
     """(results, why the base was not loaded) of the clean process."""
-    source = Path(clean_process.__file__).read_text(encoding="utf-8")
     # what the base needs has been loaded before; the accelerator may be full with it
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory(prefix="loratlas-") as name:
@@ -220,9 +221,10 @@ def _run(job: dict[str, Any], probe: dict[str, Tensor], config: Any) -> tuple[di
         save_file(probe, folder / "probe.safetensors")
         if config is not None:
             config.save_pretrained(folder / "config")
-        # the folder as working directory keeps the user's own files off the path of imports
-        words = [sys.executable, "-c", source, str(folder)]
-        done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        # a script finds its neighbours before the libraries: in this folder it has none
+        script = shutil.copy(clean_process.__file__, folder)
+        words = [sys.executable, str(script), str(folder)]
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             last = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
             raise UserError(f"stock PEFT does not load the export, so it was not written: {last}")
