@@ -127,15 +127,38 @@ def test_export_and_inspect(work: list[str], trained: Path, tmp_path: Path) -> N
     assert len(found["layers"]) == 13
     code, text, _ = call("export", str(trained), "--to", "lora", "--out", str(tmp_path / "lora"))
     assert code == 0
-    assert "exact" in text
+    said = " ".join(text.split())
+    assert "padded to 16, float32, exact" in said
+    assert "Loaded again by stock PEFT in a clean process: 13 layers agree" in said
+    assert "outputs of the whole model" in said
+    assert "not compared" not in said
+    assert "--max-lora-rank 16" in said
+    assert "servers do not (--heads beside)" in said
     config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     code, text, _ = call("export", str(trained), "--to", "merged", "--out", str(tmp_path / "merged"), "--json")
     assert json.loads(text)["kind"] == "merged"
     assert (tmp_path / "merged" / "model.safetensors").is_file()
-    code, text, _ = call("export", str(trained), "--rank", "3", "--out", str(tmp_path / "small"), "--json")
-    assert json.loads(text)["rank"] == 3
-    assert json.loads(text)["relative_error"] > 0
+
+
+def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:
+    words = ["export", str(trained), "--no-verify", "--check", "vllm"]
+    code, text, error = call(*words, "--out", str(tmp_path / "served"))
+    assert (code, text) == (2, "")
+    assert "vllm would not serve this LoRA" in error
+    assert "base_model.model.classifier.weight is not the name" in error
+    assert not (tmp_path / "served").exists()
+    options = ["--rank", "3", "--heads", "beside", "--dtype", "bfloat16", "--json"]
+    code, text, _ = call(*words, "--out", str(tmp_path / "served"), *options)
+    report = json.loads(text)
+    assert (report["rank"], report["padded_rank"], report["dtype"], report["heads"]) == (
+        3,
+        8,
+        "bfloat16",
+        ["classifier"],
+    )
+    assert report["relative_error"] > 0
+    assert report["verification"] is None
 
 
 MISTAKES = {
@@ -148,6 +171,7 @@ MISTAKES = {
     "option of another": (["compare", "lora", "--demo", "--set", "srlora.r=2"], "srlora is not among the methods"),
     "resume nowhere": (["train", "srlora", "--demo", "--resume"], "--resume needs --out"),
     "rank of merged": (["export", "x", "--out", "y", "--to", "merged", "--rank", "3"], "merged weights have none"),
+    "check of merged": (["export", "x", "--out", "y", "--to", "merged", "--check", "vllm"], "--check is an option of"),
     "no adapter": (["inspect", "absent"], "there is no directory absent"),
 }
 

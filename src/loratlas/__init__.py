@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.lora import AtlasLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
@@ -30,6 +31,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "load_lora",
 ]
 
 _HOMES = {
@@ -40,6 +42,7 @@ _HOMES = {
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
+    "load_lora": "loratlas.adapters.load_lora",
     "UserError": "loratlas.errors",
 }
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
-from safetensors.torch import load_file
+from peft.utils import CONFIG_NAME
 from torch import Tensor
 
 import loratlas
-from loratlas.engine.config import check_safetensors
+from loratlas.engine.folder import PREFIX, read_config, read_tensors
 from loratlas.errors import UserError
 
-PREFIX = "base_model.model."
+__all__ = ["PREFIX", "AdapterFolder", "find_adapter", "read_adapter"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,22 +56,4 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     """
     loratlas.register_adapters()  # what the file's tensors are is known to their method
     directory = find_adapter(path)
-    config = _read_config(directory / CONFIG_NAME)
-    weights = directory / SAFETENSORS_WEIGHTS_NAME
-    if not weights.is_file():
-        pickled = directory / WEIGHTS_NAME
-        if pickled.is_file():
-            raise UserError(f"{pickled} is a pickle and is not opened: save the adapter again as safetensors.")
-        raise UserError(f"{directory} has a config but no tensors ({SAFETENSORS_WEIGHTS_NAME} is missing).")
-    check_safetensors(weights)
-    return AdapterFolder(directory, config, load_file(weights))
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} is not valid JSON ({error}): save or copy the adapter again.") from None
-    if not isinstance(config, dict) or not config.get("peft_type"):
-        raise UserError(f"{file} names no peft_type, so the adapter's method is unknown: is it an adapter of PEFT?")
-    return config
+    return AdapterFolder(directory, read_config(directory), read_tensors(directory))

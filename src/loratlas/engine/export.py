@@ -1,50 +1,75 @@
-"""Shipping an adapter: as a plain LoRA that stock PEFT loads without this library, or as merged weights.
+"""Shipping an adapter: as a plain LoRA that stock PEFT and servers load without this library, or as merged weights.
 
-The plain LoRA has one rank for all modules (zero-padded), lora_alpha = r and the scaling folded into B, because
-servers read no more than that of PEFT's config. Without `rank` it is exact: the low-rank methods hand out their own
-factors.
+The plain LoRA has one rank for all modules, padded with zeros to one that servers have kernels for, lora_alpha = r and
+the scaling folded into B, because servers read no more than that of PEFT's config. Without `rank` it is exact: the
+low-rank methods hand out their own factors.
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, AuxiliaryTrainingWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loratlas.engine.layer import AtlasLayer, joined_factors
-from loratlas.engine.method import View
+from loratlas.engine.folder import PREFIX
+from loratlas.engine.layer import AtlasLayer
+from loratlas.engine.lora_form import LoraForm, lora_form, total_error
 from loratlas.engine.model import atlas_layers
+from loratlas.engine.reload import Verification, base_modules, verify_reload
+from loratlas.engine.serving import (
+    COMPONENTS,
+    DIFFUSERS_WEIGHTS_NAME,
+    SERVERS,
+    max_lora_rank,
+    padded_rank,
+    require_accepted,
+)
 from loratlas.errors import UserError
-from loratlas.files import whole_directory
-from loratlas.linalg.lowrank import compress, norm, pad
+from loratlas.files import whole_directory, write_json
 
-PREFIX = "base_model.model."
+HEAD = "head"  # folder beside the LoRA's files for what `heads="beside"` takes out of them
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# tasks whose classes in PEFT look for a head in the adapter, whatever its config says
+_TASKS_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
 class ExportReport:
     """What was written.
 
-    rank: rank of the LoRA, 0 for merged weights. relative_error: ||delta - exported||_F / ||delta||_F over all
-    modules, 0 when nothing was cut. max_lora_rank: what a server must be told to accept.
+    Attributes:
+        kind: "lora" or "merged"; of merged weights only `directory` and `tensors` say anything.
+        rank: largest rank of a module's update, as exported. exact_rank: what it takes to cut nothing.
+        padded_rank: rank of every tensor in the file, r of its config.
+        max_lora_rank: what vLLM must be told to accept; None if it allows no value that large.
+        relative_error: ||delta - exported||_F / ||delta||_F over all modules, of cutting and of rounding to `dtype`; 0
+            when neither changed anything.
+        heads: modules saved whole that went into the folder `head`.
+        verification: how it came out of a clean process, None if that was not asked for.
+        remarks: sentences that the user of the folder should know.
     """
 
     directory: str
     kind: str
-    rank: int
-    relative_error: float
-    max_lora_rank: int
     tensors: int
+    rank: int = 0
+    exact_rank: int = 0
+    padded_rank: int = 0
+    max_lora_rank: int | None = 0
+    relative_error: float = 0.0
+    dtype: str = ""
+    heads: tuple[str, ...] = ()
+    verification: Verification | None = None
+    remarks: tuple[str, ...] = ()
 
 
 def export_lora(
@@ -53,43 +78,75 @@ def export_lora(
     adapter_name: str = "default",
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
+    *,
+    heads: str = "inside",
+    component: str | None = None,
+    check: str | None = None,
+    verify: bool = False,
 ) -> ExportReport:
-    """Write adapter `adapter_name` of `model` as a plain PEFT LoRA folder. Modules saved along (a classifier head)
-    come too.
+    """Write adapter `adapter_name` of `model` as a plain PEFT LoRA folder.
+
+    The folder takes `directory`'s place only when everything has passed; until then what is there stays.
 
     Args:
         rank: largest rank; None means exact. A smaller one takes the best approximation of each module's update.
-        dtype: dtype of the factors in the file.
+        dtype: dtype of the factors in the file; the error of rounding is part of the report.
+        heads: modules saved whole (a classifier head) "inside" the adapter's file, as PEFT loads them, or "beside" it
+            in the folder `head`, because servers take none: `base.load_state_dict(..., strict=False)` puts them back.
+        component: for diffusers, the pipeline's component that `model` is ("unet", "transformer", ...): writes
+            pytorch_lora_weights.safetensors too, which `pipeline.load_lora_weights` reads.
+        check: "vllm", "sglang" or "diffusers": refuse to write what that server would not serve.
+        verify: load the folder with stock PEFT in a process without this library and compare (see `verify_reload`).
 
     Raises:
-        UserError: the model has no such adapter, the method has no LoRA form, or `directory` is a file.
+        UserError: the model has no such adapter, the method has no LoRA form, numbers that `dtype` cannot hold, heads
+            or biases that have no place, a failed check or verification, or `directory` is a file.
     """
-    if rank is not None and rank < 1:
-        raise UserError(f"rank must be at least 1, but it is {rank}.")
-    factors, lost, total = {}, 0.0, 0.0
-    for path, layer in _layers(model, adapter_name):
-        down, up = _factors(path, layer, adapter_name)
-        limit = min(*layer.op.shape, rank or math.inf)
-        if down.shape[0] > limit:
-            size = norm((up, down))
-            packed = compress(up, down, rank=int(limit))
-            down, up = packed.down, packed.up
-            lost, total = lost + (packed.error * size) ** 2, total + size**2
-        elif rank is not None:
-            total += norm((up, down)) ** 2
-        factors[path] = layer, down, up
-    width = max(1, *(down.shape[0] for _, down, _ in factors.values()))
-    tensors = {name: _for_file(t, t.dtype) for name, t in _other_tensors(model, adapter_name).items()}
-    for path, (layer, down, up) in factors.items():
-        up, down = pad(up, down, width)
-        for name, tensor in _lora_tensors(path, layer, down, up).items():
-            tensors[f"{PREFIX}{path}.{name}"] = _for_file(tensor, dtype)
-    config = _lora_config(model, adapter_name, factors, width)
+    _check_options(rank, dtype, heads, component, check)
+    forms = {path: lora_form(path, layer, adapter_name, rank, dtype) for path, layer in _layers(model, adapter_name)}
+    others = {name: _for_file(tensor) for name, tensor in _other_tensors(model, adapter_name).items()}
+    beside = heads == "beside" and bool(others)
+    if beside and model.peft_config[adapter_name].bias != "none":  # type: ignore[index, union-attr]
+        raise UserError(
+            f"adapter {adapter_name!r} has trained biases, which have no place in a served LoRA: export merged "
+            "weights, or heads='inside' for stock PEFT."
+        )
+    largest = max(1, *(form.rank for form in forms.values()))
+    width = padded_rank(largest)
+    tensors = {
+        f"{PREFIX}{path}.{name}": _for_file(tensor)
+        for path, form in forms.items()
+        for name, tensor in form.tensors(path, width).items()
+    }
+    inside = {} if beside else others
+    names = _saved_modules(model, adapter_name)
+    verification = None
     with whole_directory(directory) as folder:
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        config.save_pretrained(str(folder))
-    error = math.sqrt(lost / total) if lost else 0.0
-    return ExportReport(str(directory), "lora", width, error, width, len(tensors))
+        _save(tensors | inside, folder / SAFETENSORS_WEIGHTS_NAME)
+        _lora_config(model, adapter_name, forms, width, headless=beside).save_pretrained(str(folder))
+        if component is not None:
+            renamed = {f"{component}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
+            _save(renamed, folder / DIFFUSERS_WEIGHTS_NAME)
+        head = _save_head(others, names, folder / HEAD) if beside else None
+        if check is not None:
+            require_accepted(folder, check)
+        if verify:
+            assert isinstance(model, PeftModel)  # _layers has seen to that
+            verification = verify_reload(folder, model, adapter_name, forms, head)
+    return ExportReport(
+        directory=str(directory),
+        kind="lora",
+        tensors=len(tensors) + len(others),
+        rank=largest,
+        exact_rank=max(form.exact_rank for form in forms.values()),
+        padded_rank=width,
+        max_lora_rank=max_lora_rank(width),
+        relative_error=total_error(forms.values()),
+        dtype=str(dtype).removeprefix("torch."),
+        heads=names if beside else (),
+        verification=verification,
+        remarks=_remarks(width, names if inside else ()),
+    )
 
 
 def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_name: str = "default") -> ExportReport:
@@ -112,9 +169,22 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
         if hasattr(merged, "save_pretrained"):
             merged.save_pretrained(folder)
         else:
-            tensors = {name: _for_file(tensor, tensor.dtype) for name, tensor in merged.state_dict().items()}
-            save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-    return ExportReport(str(directory), "merged", 0, 0.0, 0, len(merged.state_dict()))
+            tensors = {name: _for_file(tensor) for name, tensor in merged.state_dict().items()}
+            _save(tensors, Path(folder) / "model.safetensors")
+    return ExportReport(str(directory), "merged", len(merged.state_dict()))
+
+
+def _check_options(rank: int | None, dtype: torch.dtype, heads: str, component: str | None, check: str | None) -> None:
+    if rank is not None and rank < 1:
+        raise UserError(f"rank must be at least 1, but it is {rank}.")
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but it is {dtype}.")
+    if heads not in ("inside", "beside"):
+        raise UserError(f"heads must be 'inside' or 'beside', but it is {heads!r}.")
+    if component is not None and component not in COMPONENTS:
+        raise UserError(f"component must be one of {', '.join(COMPONENTS)}, but it is {component!r}.")
+    if check is not None and check not in SERVERS:
+        raise UserError(f"check must be one of {', '.join(SERVERS)}, but it is {check!r}.")
 
 
 def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, AtlasLayer]]:
@@ -132,29 +202,6 @@ def _layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, AtlasLayer]]:
         yield path.removeprefix(PREFIX), layer
 
 
-def _factors(path: str, layer: AtlasLayer, adapter: str) -> tuple[Tensor, Tensor]:
-    view = View(layer, adapter)
-    factors = joined_factors(view)
-    if factors is None:
-        if not layer.method.additive:
-            raise UserError(
-                f"{layer.method.name} changes W by more than a sum, so {path} has no LoRA form: export merged weights "
-                "instead."
-            )
-        with torch.no_grad():
-            delta = layer.method.delta_weight(view)
-        packed = compress(delta, torch.eye(delta.shape[1], dtype=delta.dtype, device=delta.device))
-        return packed.down, packed.up
-    return factors
-
-
-def _lora_tensors(path: str, layer: AtlasLayer, down: Tensor, up: Tensor) -> dict[str, Tensor]:
-    try:
-        return layer.op.lora_tensors(down, up)
-    except UserError as error:
-        raise UserError(f"module {path}: {error}") from None
-
-
 def _other_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     """What the adapter's file holds beside our tensors: modules_to_save and trained biases."""
     prefixes = {layer.prefix for _, layer in atlas_layers(model, adapter)}
@@ -162,28 +209,64 @@ def _other_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if not any(f".{prefix}" in name for prefix in prefixes)}
 
 
-def _lora_config(model: nn.Module, adapter: str, factors: dict[str, Any], rank: int) -> LoraConfig:
-    ours: Any = model.peft_config[adapter]  # type: ignore[index]
-    targets = sorted(factors)
+def _saved_modules(model: nn.Module, adapter: str) -> tuple[str, ...]:
+    """Paths of the modules that are saved whole for `adapter`."""
+    return tuple(
+        path.removeprefix(PREFIX)
+        for path, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper) and adapter in module._adapters
+    )
+
+
+def _save_head(tensors: Mapping[str, Tensor], modules: tuple[str, ...], folder: Path) -> Path:
+    """The file of the modules saved whole, under their names in the base model; a note beside says what they are."""
+    named = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
+    folder.mkdir()
+    write_json(folder / "head.json", {"modules": list(modules), "tensors": sorted(named)})
+    _save(named, folder / "model.safetensors")
+    return folder / "model.safetensors"
+
+
+def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: int, *, headless: bool) -> LoraConfig:
+    ours: Any = model.peft_config[adapter]
+    targets = sorted(forms)
     # PEFT matches names by their end: keep modules away that merely end like one of ours
-    names = (name.removeprefix(PREFIX) for name, _ in model.named_modules())
-    others = sorted({n for n in names if n not in factors and n.endswith(tuple(f".{t}" for t in targets))})
+    ends = tuple(f".{target}" for target in targets)
+    others = sorted(path for path, _ in base_modules(model) if path not in forms and path.endswith(ends))
+    # PEFT appends the names of classifiers at every loading
+    saved = None if headless else list(dict.fromkeys(ours.modules_to_save or ())) or None
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
         target_modules=targets,
         exclude_modules=others or None,
-        modules_to_save=ours.modules_to_save,
+        modules_to_save=saved,
         bias="lora_only" if ours.bias == "atlas_only" else ours.bias,
-        fan_in_fan_out=all(layer.op.kind == "conv1d" for layer, _, _ in factors.values()),
-        task_type=ours.task_type,
+        fan_in_fan_out=all(form.layer.op.kind == "conv1d" for form in forms.values()),
+        task_type=None if headless and ours.task_type in _TASKS_WITH_HEAD else ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,
         revision=ours.revision,
         inference_mode=True,
     )
 
 
-def _for_file(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
+    said = []
+    if max_lora_rank(width) is None:
+        said.append(
+            f"vLLM refuses rank {width}: it serves 512 at most, so give a smaller rank or export merged weights."
+        )
+    if inside:
+        said.append(
+            f"The file holds {', '.join(inside)} as well: stock PEFT loads that, servers do not (--heads beside)."
+        )
+    return tuple(said)
+
+
+def _save(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _for_file(tensor: Tensor) -> Tensor:
     """Detached, on the CPU, with storage of its own: safetensors refuses views and shared memory."""
-    target = dtype if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to(device="cpu", dtype=target).clone().contiguous()
+    return tensor.detach().cpu().clone().contiguous()

@@ -206,7 +206,8 @@ class AtlasModel(BaseTuner):
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
         prefix = "base_model.model."
-        missing, expected = [], set[str]()
+        missing, matched, expected = [], 0, set[str]()
+        misshapen: list[str] = []
         resized: list[tuple[Any, Tensor]] = []
         for path, layer in atlas_layers(model, adapter_name):
             keys = {
@@ -223,25 +224,29 @@ class AtlasModel(BaseTuner):
                     missing.append(key)
                     continue
                 own = store[adapter_name]
-                if value.shape == own.shape:
-                    continue
-                if name not in layer.method.growing:
-                    raise UserError(
-                        f"adapter file: {key} has shape {tuple(value.shape)}, but this model and config need "
-                        f"{tuple(own.shape)}; load it on the base model and with the adapter_config.json it was "
-                        "trained with."
-                    )
-                resized.append((store, torch.zeros(value.shape, dtype=own.dtype, device=own.device)))
+                if value.shape != own.shape:
+                    if name not in layer.method.growing:
+                        shapes = f"{tuple(value.shape)}, but this model and config need {tuple(own.shape)}"
+                        misshapen.append(f"{key} has shape {shapes}")
+                        continue
+                    resized.append((store, torch.zeros(value.shape, dtype=own.dtype, device=own.device)))
+                matched += 1
+        surplus = [key for key in mapped if f".{cls.prefix}" in key and key not in expected]
+        counts = f"matched {matched}, missing {len(missing)}, unexpected {len(surplus)}"
+        if misshapen:
+            raise UserError(
+                f"adapter file: {misshapen[0]} ({counts}); load it on the base model and with the adapter_config.json "
+                "it was trained with."
+            )
         if missing:
             raise UserError(
-                f"adapter file: {len(missing)} of {len(expected) // 2} tensors are missing, the first is "
-                f"{missing[0]}; the file belongs to another model or method, or was cut short."
+                f"adapter file: tensors are missing ({counts}), the first is {missing[0]}; the file belongs to another "
+                "model or method, or was cut short."
             )
-        surplus = [key for key in mapped if f".{cls.prefix}" in key and key not in expected]
         if surplus:
             raise UserError(
-                f"adapter file: {len(surplus)} tensors have no place in this model, the first is {surplus[0]}; load it "
-                "on the base model and with the adapter_config.json it was trained with."
+                f"adapter file: tensors have no place in this model, the first is {surplus[0]} ({counts}); load it on "
+                "the base model and with the adapter_config.json it was trained with."
             )
         for store, room in resized:
             store[adapter_name] = room
