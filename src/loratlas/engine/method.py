@@ -148,7 +148,9 @@ class Method:
         return weight + self.delta_weight(t).to(weight.dtype)
 
     # Called by `lifecycle` once an optimizer step with gradients complete (accumulated, all-reduced, unscaled), for
-    # all layers at once so that a method can batch its arithmetic (torch._foreach_*).
+    # all layers at once so that a method can batch its arithmetic (torch._foreach_*). Under FSDP2 parameters, gradients
+    # and optimizer state are sharded here, buffers are not: read with `sharded.whole` or `sharded.gather`, write with
+    # `sharded.write_` or `sharded.put_`, on every rank in the same order.
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
