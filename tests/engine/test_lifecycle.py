@@ -80,6 +80,15 @@ def test_a_plain_loop_resumes_bit_for_bit(name: str, stop: int, tmp_path: Path) 
     assert torch.equal(again(x), whole(x))
 
 
+@pytest.mark.parametrize("name", ["srlora", "srlora-inplace"])
+def test_a_checkpoint_of_the_whole_model_brings_grown_buffers(name: str) -> None:
+    model, fresh, x = adapted(name), adapted(name), inputs()
+    train(model, x, steps=10)
+    fresh.load_state_dict(model.state_dict())
+    assert state(fresh) == state(model)
+    assert torch.equal(fresh(x), model(x))
+
+
 def test_a_finished_adapter_starts_a_new_stage_on_request(tmp_path: Path) -> None:
     model, x = adapted("srlora"), inputs()
     train(model, x, steps=10)

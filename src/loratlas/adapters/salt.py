@@ -85,10 +85,12 @@ class Salt(LowRankMethod):
         rest = block.relu() if t.cfg.relu_mode == "all" else block
         return torch.diagonal_scatter(rest, diagonal)
 
-    def extra_loss(self, views: Sequence[View]) -> Tensor | None:
+    def adds_loss(self, cfg: SaltConfig) -> bool:
+        return cfg.reg_weight > 0.0
+
+    def extra_loss(self, views: Sequence[View]) -> Tensor:
         """reg_weight times the sum over layers of ||alpha S_top + beta - S_top|| + ||X Y||_F."""
-        weight = views[0].cfg.reg_weight
-        return weight * torch.stack([self.distance(t) for t in views]).sum() if weight else None
+        return views[0].cfg.reg_weight * torch.stack([self.distance(t) for t in views]).sum()
 
     @staticmethod
     def distance(t: View) -> Tensor:

@@ -29,6 +29,7 @@ from loratlas.engine.lifecycle import StepContext, gradient
 from loratlas.engine.method import Factors, LowRankMethod, View
 from loratlas.engine.moments import age_correction, treat_moments
 from loratlas.engine.registry import adapter
+from loratlas.engine.sharded import is_sharded, whole
 from loratlas.errors import UserError
 from loratlas.linalg.svd import numerical_rank, top_svd
 
@@ -152,6 +153,12 @@ class SRLora(LowRankMethod):
                 "SRLoRA spreads its events over the whole run: pass attach(..., total_steps=N), or set "
                 "SRLoraConfig(total_step=N)."
             )
+        for t in views:
+            if t.cfg.fuse_mode == "inplace" and is_sharded(t.layer.weight):
+                raise UserError(
+                    "fuse_mode='inplace' needs a dense working copy of every weight, but under FSDP2 a rank holds only "
+                    "a part of it: use fuse_mode='difference'."
+                )
         group = ctx.group(views[0].A)
         if cfg.optimizer_reset == "corrected" and "betas" not in group:
             raise UserError(
@@ -202,7 +209,7 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
-        down, up = self.next_directions(t, len(slots))
+        down, up = self.next_directions(t, len(slots), ctx)
         slots = slots[: down.shape[0]]
         t.events.add_(1)
         if len(slots) == 0:
@@ -222,19 +229,20 @@ class SRLora(LowRankMethod):
         treat_moments(ctx, t.B, 1, slots, t.cfg.optimizer_reset)
         t.layer.derive(t.adapter)
 
-    def next_directions(self, t: View, count: int) -> tuple[Tensor, Tensor]:
+    def next_directions(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """(down, up) of the next `count` unused directions, taken out of the reservoir."""
         if t.RA.shape[0] == 0:
-            return self.redecompose(t, count)
+            return self.redecompose(t, count, ctx)
         down, up = t.RA[:count].to(t.A.device), t.RB[:, :count].to(t.B.device)
         t.grow("RA", t.RA[count:].clone())
         t.grow("RB", t.RB[:, count:].clone())
         return down, up
 
-    def redecompose(self, t: View, count: int) -> tuple[Tensor, Tensor]:
+    def redecompose(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """exhaustion="resvd": the top directions of the frozen part as it is now, W + s (H - B* A*)."""
-        frozen = pairs.folded_weight(t, t.layer.base_matrix())
-        u, s, vh = top_svd(frozen, count, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
+        frozen = pairs.folded_weight(t, whole(t.layer.base_matrix()))
+        triplets = top_svd(frozen, count, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
+        u, s, vh = map(ctx.agree, triplets)
         usable = numerical_rank(s, *frozen.shape)
         return pairs.principal_factors(u[:, :usable], s[:usable], vh[:usable], t.scaling)
 

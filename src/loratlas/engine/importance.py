@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loratlas.engine.sharded import gather, local
+
 
 @torch.no_grad()
 def update_importance(
@@ -25,8 +27,12 @@ def update_importance(
     beta1: float,
     beta2: float,
 ) -> None:
-    """Update Ibar (`average`) and Q (`uncertainty`) in place. All lists run in parallel; one kernel a list, no loop."""
-    sensitivity = list(torch._foreach_mul(list(params), list(grads)))
+    """Update Ibar (`average`) and Q (`uncertainty`) in place. All lists run in parallel; one kernel a list, no loop.
+
+    `params` and `grads` may be sharded: each rank multiplies its part, and one collective makes the products whole.
+    """
+    products = torch._foreach_mul([local(p) for p in params], [local(g) for g in grads])
+    sensitivity = gather(products, params)
     torch._foreach_abs_(sensitivity)
     torch._foreach_lerp_(list(average), sensitivity, 1.0 - beta1)
     torch._foreach_sub_(sensitivity, list(average))

@@ -59,6 +59,7 @@ class AtlasLayer(nn.Module, Merging):
         self._disable_adapters = False
         self._untouched = None
         self.statistics: dict[str, Tensor] = {}
+        self.register_load_state_dict_pre_hook(_grow_before_load)
         self.register_load_state_dict_post_hook(_derive_after_load)
 
     @classmethod
@@ -309,6 +310,16 @@ def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
         return None
     with torch.no_grad():
         return method.factors(view).joined()
+
+
+def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint of the whole model is loaded as well when buffers have grown in between."""
+    for name in layer.method.growing:
+        store = layer.store(name)
+        for adapter in layer.adapters():
+            value = state.get(f"{prefix}{layer.prefix}{name}.{adapter}")
+            if value is not None and adapter in store and value.shape != store[adapter].shape:
+                store[adapter] = store[adapter].new_zeros(value.shape)
 
 
 def _derive_after_load(layer: AtlasLayer, _: Any) -> None:

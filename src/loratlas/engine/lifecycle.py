@@ -5,7 +5,8 @@
 
 Methods act inside `optimizer.step()`: before it, when gradients are accumulated, all-reduced, unscaled and (as in
 Trainer) clipped; after it, when parameters have moved. A step that a GradScaler skips is no step. Everything is
-written in place, so optimizers and DDP buckets stay valid.
+written in place, so optimizers and DDP buckets stay valid. Under FSDP2 the tensors that methods see here are sharded:
+see `sharded`.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback
 
+from loratlas.engine.distributed import fsdp_modules, refuse_flat_parameters, same_start, torch_optimizer
 from loratlas.engine.method import Method, View
 from loratlas.engine.model import atlas_layers
+from loratlas.engine.sharded import from_rank0, is_sharded, local, positions
 from loratlas.errors import UserError
 
 # weak on both sides: the hooks keep a lifecycle as long as its optimizer lives, and nothing keeps the two
@@ -59,14 +62,11 @@ class StepContext:
         """Zero the slices `index` along `dim` of every state tensor shaped like `param` (moments, momentum)."""
         for value in self.state(param).values():
             if isinstance(value, Tensor) and value.shape == param.shape:
-                value.index_fill_(dim, index.to(value.device), 0)
+                local(value).index_fill_(dim, positions(value, dim, index), 0)
 
     def agree(self, choice: Tensor) -> Tensor:
         """`choice` as rank 0 has it: ties and rounding may not split the ranks of a distributed run."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            choice = choice.contiguous()
-            torch.distributed.broadcast(choice, src=0)
-        return choice
+        return from_rank0(choice)
 
 
 class Group(NamedTuple):
@@ -81,10 +81,13 @@ class Lifecycle:
     """The hooks on one optimizer; made by `attach`. `remove()` takes them off again."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None, restart: bool) -> None:
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         self.optimizer = optimizer
         self.groups: list[Group] = []
-        for method, views in _collect(model, held):
+        self._fsdp = fsdp_modules(model)
+        self._reshard()
+        refuse_flat_parameters(model, optimizer)
+        same_start(model)
+        for method, views in _collect(model, {id(p) for group in optimizer.param_groups for p in group["params"]}):
             step, planned = (0, 0) if restart else (int(views[0].step), int(views[0].total_steps))
             # the plan of an interrupted run stands: another total on resume would move events that have already
             # happened
@@ -95,11 +98,13 @@ class Lifecycle:
                 view.step.fill_(step)
                 view.total_steps.fill_(total)
             self.groups.append(Group(method, views, context))
+        losses = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
+        _refuse_shards(losses)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
-        if any(group.method.overrides("extra_loss") for group in self.groups):
+        if losses:
             self._handles.append(model.register_forward_hook(_LossHook(self)))
         self._skipped = False
 
@@ -111,6 +116,7 @@ class Lifecycle:
         self._skipped = found is not None and float(found) != 0.0
         if self._skipped:
             return
+        self._reshard()
         for method, views, context in self.groups:
             context.step += 1
             context.scratch.clear()
@@ -124,12 +130,17 @@ class Lifecycle:
             method.after_step(views, context)
             torch._foreach_add_([view.step for view in views], 1)
 
+    def _reshard(self) -> None:
+        """A forward without backward leaves FSDP2's root with whole parameters, which the optimizer does not know."""
+        for module in self._fsdp:
+            module.reshard()
+
     def add_losses(self, output: Any) -> Any:
         """The model's output with the methods' terms added to its loss, if it has one."""
         loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
-            terms = [term for group in self.groups if (term := group.method.extra_loss(group.views)) is not None]
-            output["loss"] = loss + sum(terms)
+            active = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
+            output["loss"] = loss + sum(group.method.extra_loss(group.views) for group in active)
         return output
 
     def remove(self) -> None:
@@ -170,16 +181,10 @@ def attach(
         restart: start the plan of a trained adapter anew, for a further stage of training.
 
     Raises:
-        UserError: not a torch optimizer, adapters missing from it, or a run that the method cannot work with.
+        UserError: not a torch optimizer, adapters missing from it, or a run that the method cannot work with; in a
+            distributed run also DeepSpeed, FSDP1, and ranks whose sharded adapters started differently.
     """
-    inner: Any = optimizer
-    while isinstance(getattr(inner, "optimizer", None), Optimizer):
-        inner = inner.optimizer  # accelerate's wrapper calls itself an Optimizer, but has no hooks
-    if not isinstance(inner, Optimizer):
-        raise UserError(
-            f"attach needs a torch.optim.Optimizer, but got {type(optimizer).__name__}; engines that hide parameters "
-            "from the optimizer (DeepSpeed) are not supported."
-        )
+    inner = torch_optimizer(optimizer)
     attached = _ATTACHED.get(inner)
     lifecycle = attached() if attached is not None else None
     if lifecycle is None:
@@ -212,6 +217,16 @@ def gradient(param: Tensor, ctx: StepContext) -> Tensor | None:
     """The gradient that the step is about to use, or None; unscaled where the optimizer would do that itself."""
     scale = getattr(ctx.optimizer, "grad_scale", None)
     return param.grad if scale is None or param.grad is None else param.grad / scale
+
+
+def _refuse_shards(groups: list[Group]) -> None:
+    """Terms of the loss are computed when the forward is over."""
+    for method, views, _ in groups:
+        if any(is_sharded(getattr(view, name)) for view in views for name in method.params):
+            raise UserError(
+                f"{method.name} adds a term to the loss that needs whole parameters, which FSDP2 frees before the loss "
+                "is known: use DistributedDataParallel."
+            )
 
 
 def _collect(model: nn.Module, held: set[int]) -> list[tuple[Method, list[View]]]:

@@ -159,7 +159,9 @@ class Method:
         return weight + self.delta_weight(t).to(weight.dtype)
 
     # Called by `lifecycle` once an optimizer step with gradients complete (accumulated, all-reduced, unscaled), for
-    # all layers at once so that a method can batch its arithmetic (torch._foreach_*).
+    # all layers at once so that a method can batch its arithmetic (torch._foreach_*). Under FSDP2 parameters, gradients
+    # and optimizer state are sharded here, buffers are not: read with `sharded.whole` or `sharded.gather`, write with
+    # `sharded.write_` or `sharded.put_`, on every rank in the same order.
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
@@ -170,9 +172,13 @@ class Method:
     def check_training(self, views: Sequence[View], ctx: StepContext) -> None:
         """Raise `UserError` if this run cannot work (no total_steps, an optimizer that does not fit)."""
 
-    def extra_loss(self, views: Sequence[View]) -> Tensor | None:
-        """A term added to the model's loss."""
-        return None
+    def extra_loss(self, views: Sequence[View]) -> Tensor:
+        """A term added to the model's loss, where `adds_loss` says so."""
+        raise NotImplementedError
+
+    def adds_loss(self, cfg: Any) -> bool:
+        """Whether `extra_loss` has anything to add under this config."""
+        return self.overrides("extra_loss")
 
     @classmethod
     def overrides(cls, hook: str) -> bool:

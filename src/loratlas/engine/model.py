@@ -23,6 +23,7 @@ from loratlas.engine.config import AtlasConfig, warn_once
 from loratlas.engine.layer import BASE, AtlasLayer
 from loratlas.engine.method import Method
 from loratlas.engine.ops import kind_of
+from loratlas.engine.sharded import is_sharded
 from loratlas.errors import UserError
 
 
@@ -124,7 +125,7 @@ class AtlasModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         quantization = get_quantization_kwargs(self)
         kind = kind_of(base, quantization)
-        if _is_sharded(getattr(base, "weight", None)):
+        if is_sharded(getattr(base, "weight", None)):
             raise UserError(
                 f"module {key} is already sharded (tensor parallel or FSDP): add the adapters first, then shard the "
                 "model."
@@ -196,6 +197,19 @@ class AtlasModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+    @classmethod
+    def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """PEFT's selection for the adapter's file; a rank must not write its part of a tensor as if it were all."""
+        chosen = super()._get_adapter_state_dict(model, *args, **kwargs)
+        shards = [name for name, tensor in chosen.items() if is_sharded(tensor)]
+        if shards:
+            raise UserError(
+                f"{len(shards)} tensors of the adapter are sharded, the first is {shards[0]}: pass save_pretrained "
+                "state_dict=loratlas.engine.distributed.whole_state_dict(model), made on every rank; in a Trainer set "
+                "state_dict_type: FULL_STATE_DICT in fsdp_config."
+            )
+        return chosen
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -288,14 +302,6 @@ def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     for path, module in model.named_modules():
         if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
             yield path, module
-
-
-def _is_sharded(weight: Any) -> bool:
-    if not torch.distributed.is_available():
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(weight, DTensor)
 
 
 def _pass_adapter_names(target: nn.Module, args: Any, kwargs: Any, adapter_names: list[str]) -> tuple[Any, Any]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from loratlas.engine.lifecycle import StepContext
+from loratlas.engine.sharded import along, local, put_, whole
 
 LONGEST_AGE = 5000  # steps after which a fresh slice's Adam no longer differs from the tensor's (c_k within 1 %)
 
@@ -25,12 +26,13 @@ def treat_moments(ctx: StepContext, param: Tensor, dim: int, slots: Tensor, how:
     second = ctx.state(param).get("exp_avg_sq")
     if how != "mean_v" or not isinstance(second, Tensor):
         return
-    slots = slots.to(second.device)
-    survives = torch.ones(param.shape[dim], dtype=torch.bool, device=second.device).index_fill_(0, slots, False)
-    survivors = second.index_select(dim, survives.nonzero().flatten())
+    moments = whole(second)
+    slots = slots.to(moments.device)
+    survives = torch.ones(param.shape[dim], dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
+    survivors = moments.index_select(dim, survives.nonzero().flatten())
     if survivors.shape[dim]:
         mean = survivors.mean(dim, keepdim=True)
-        second.index_copy_(dim, slots, mean.repeat_interleave(len(slots), dim))
+        put_(second, dim, slots, mean.repeat_interleave(len(slots), dim))
 
 
 def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> Callable[[], None]:
@@ -46,11 +48,14 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
         param: the parameter; dim: its slot dimension.
         born: (slots,) step at which a slot was re-seeded, 0 for slots that were not.
     """
+    # what a rank holds is corrected where it lies: nothing is sent, however many slices are fresh
+    part = local(param.detach())
+    born = along(param, dim, born)
     age = ctx.step - born
     fresh = ((born > 0) & (age <= LONGEST_AGE)).nonzero().flatten()
     if len(fresh) == 0:
         return lambda: None
-    before = param.detach().index_select(dim, fresh)
+    before = part.index_select(dim, fresh)
     k = age[fresh].to(torch.float64)
 
     def correct() -> None:
@@ -58,10 +63,10 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
         beta1, beta2 = (float(beta) for beta in group["betas"])
         t = float(state["step"])
         c = torch.sqrt(1 - beta2**k) / (1 - beta1**k) * (1 - beta1**t) / (1 - beta2**t) ** 0.5
-        c = c.to(param.dtype).unsqueeze(1 - dim)
+        c = c.to(part.dtype).unsqueeze(1 - dim)
         decoupled = group.get("decoupled_weight_decay", isinstance(ctx.optimizer, torch.optim.AdamW))
         kept = before * (1 - float(group["lr"]) * group["weight_decay"]) if decoupled else before
-        after = param.detach().index_select(dim, fresh)
-        param.detach().index_copy_(dim, fresh, kept + c * (after - kept))
+        after = part.index_select(dim, fresh)
+        part.index_copy_(dim, fresh, kept + c * (after - kept))
 
     return correct

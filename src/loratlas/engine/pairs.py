@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from loratlas.engine.method import Factors, View
+from loratlas.engine.sharded import from_rank0, put_, whole
+from loratlas.errors import UserError
 from loratlas.linalg.lowrank import compress
 
 TENSORS = ("A", "B")
@@ -46,6 +48,12 @@ def difference(t: View) -> Factors:
     if t.A0 is None:
         down, up = t.A, t.B
     else:
+        if t.A.dtype != t.A0.dtype:
+            raise UserError(
+                f"the adapter's parameters reach the forward in {t.A.dtype} and their starts in {t.A0.dtype}, so that "
+                "nothing is left of their difference: under FSDP2 leave MixedPrecisionPolicy.param_dtype unset "
+                "(mixed_precision: no) and load the base model in bfloat16, which leaves the adapter in float32."
+            )
         # taken in the adapter's fp32 before any cast: in bf16 the difference of two close factors would be noise
         down, up = torch.cat((t.A, t.A - t.A0)), torch.cat((t.B - t.B0, t.B0), dim=1)
     return Factors(down, up if t.scaling == 1.0 else up * t.scaling)
@@ -61,13 +69,13 @@ def with_history(t: View) -> Factors:
 
 def retire(t: View, slots: Tensor) -> None:
     """Move what the pairs in `slots` (int64, (k,)) have learned into the history."""
-    a, b, a0, b0 = t.A[slots], t.B[:, slots], t.A0[slots], t.B0[:, slots]
+    a, b, a0, b0 = whole(t.A)[slots], whole(t.B)[:, slots], t.A0[slots], t.B0[:, slots]
     down = torch.cat((t.HA, a, a - a0))
     up = torch.cat((t.HB, b - b0, b0), dim=1)
     if down.shape[0] > min(t.op.shape):
         # more ranks than the layer has directions: re-factor, dropping numerical zeros only
         packed = compress(up, down)
-        down, up = packed.down, packed.up
+        down, up = from_rank0(packed.down), from_rank0(packed.up)
     t.grow("HA", down)
     t.grow("HB", up)
 
@@ -75,8 +83,8 @@ def retire(t: View, slots: Tensor) -> None:
 def reseed(t: View, slots: Tensor, down: Tensor, up: Tensor) -> None:
     """Let the pairs in `slots` start again at down (k, in), up (out, k), in place."""
     for rows, columns in ((t.A, t.B), (t.A0, t.B0)):
-        rows.index_copy_(0, slots, down.to(rows.dtype))
-        columns.index_copy_(1, slots, up.to(columns.dtype))
+        put_(rows, 0, slots, down)
+        put_(columns, 1, slots, up)
 
 
 def folded_weight(t: View, weight: Tensor) -> Tensor:
