@@ -38,8 +38,12 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
     if (root / CONFIG_NAME).is_file():
         return root
     found = sorted({file.parent for file in root.rglob(CONFIG_NAME)}) if root.is_dir() else []
-    # a trainer's checkpoints are copies of the adapter at earlier steps
-    final = [folder for folder in found if not any("checkpoint" in part for part in folder.relative_to(root).parts)]
+    # a trainer's checkpoints are copies of the adapter at earlier steps, hidden folders what a crash left half-written
+    final = [
+        folder
+        for folder in found
+        if not any("checkpoint" in part or part.startswith(".") for part in folder.relative_to(root).parts)
+    ]
     if not final:
         raise UserError(f"{root} holds no adapter ({CONFIG_NAME} is missing): give a folder that PEFT has saved.")
     if len(final) > 1:
@@ -51,7 +55,7 @@ def read_adapter(path: str | os.PathLike[str]) -> AdapterFolder:
     """Read the adapter that `find_adapter` finds at `path`.
 
     Raises:
-        UserError: no adapter there, a config that is not JSON or names no method, tensors missing, cut short, or in a
+        UserError: no adapter there, a config that is not JSON or names no method, tensors missing, damaged, or in a
             pickle (which could run code and is never opened).
     """
     loratlas.register_adapters()  # what the file's tensors are is known to their method

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from dataclasses import dataclass, field
@@ -10,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
 
 from loratlas.errors import UserError
+from loratlas.files import sha256
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
@@ -51,6 +52,7 @@ class AtlasConfig(PeftConfig):
         False, "Set in saved adapters: the tensors come from the file, so the start is not computed again."
     )
     requires_package: str = knob("loratlas", "Package to import before PEFT can load this adapter.")
+    tensors_sha256: str | None = knob(None, "Set in saved adapters: checksum of adapter_model.safetensors.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,37 +83,53 @@ class AtlasConfig(PeftConfig):
         # still compute its start when it is used.
         before = self.initialized
         self.initialized = before or self.inference_mode
+        # Of all who save configs only PEFT's PeftModel passes this, after it has written the tensors. transformers
+        # writes them after the config, so there the file in the folder may be one that is about to be replaced.
+        tensors = os.path.join(save_directory, SAFETENSORS_WEIGHTS_NAME)
+        if "auto_mapping_dict" in kwargs and os.path.isfile(tensors):
+            self.tensors_sha256 = sha256(tensors)
         try:
             super().save_pretrained(save_directory, **kwargs)
         finally:
-            self.initialized = before
+            self.initialized, self.tensors_sha256 = before, None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         # PEFT reads the config first and the tensors long after: the one place where a damaged file can be named
         # before a model has been changed.
-        path = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
-        if os.path.isfile(path):
-            check_safetensors(path)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        file, tensors = (os.path.join(folder, name) for name in (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME))
+        if os.path.isfile(file) and os.path.isfile(tensors):
+            check_tensors(tensors, cls.from_json_file(file).get("tensors_sha256"))
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        config.tensors_sha256 = None  # what trains from here on is no longer that file
+        return config
+
+
+def check_tensors(path: str | os.PathLike[str], checksum: str | None) -> None:
+    """Raise `UserError` unless the safetensors file is whole, and the one that `checksum` (SHA-256) was taken of."""
+    check_safetensors(path)
+    if checksum is not None and sha256(path) != checksum:
+        raise UserError(
+            f"{path} is damaged (its SHA-256 is not the one in {CONFIG_NAME}): save or copy the adapter again; if you "
+            f"changed the file on purpose, remove tensors_sha256 from {CONFIG_NAME}."
+        )
 
 
 def check_safetensors(path: str | os.PathLike[str]) -> None:
-    """Raise `UserError` unless the file's header is readable and its length is the one that the header announces."""
+    """Raise `UserError` unless the file's header is valid and its length is the one that the header announces."""
     file = Path(path)
     size = file.stat().st_size
     with file.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise UserError(f"{file} is cut short ({size} bytes, no complete header): save or copy the adapter again.")
-        try:
-            header = json.loads(handle.read(length))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise UserError(f"{file} is damaged (unreadable header): save or copy the adapter again.") from None
-    expected = 8 + length + max(ends, default=0)
-    if size != expected:
-        raise UserError(f"{file} is damaged ({size} bytes instead of {expected}): save or copy the adapter again.")
+    if size < 8 or length > size - 8:
+        raise UserError(f"{file} is cut short ({size} bytes, no complete header): save or copy the adapter again.")
+    try:
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it has no __iter__
+                opened.get_slice(name).get_shape()
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"{file} is damaged ({error}): save or copy the adapter again.") from None
 
 
 def warn_once(message: str, seen: set[str]) -> None:

@@ -10,7 +10,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 
-from loratlas.engine.config import check_safetensors
+from loratlas.engine.config import check_tensors
 from loratlas.errors import UserError
 
 PREFIX = "base_model.model."  # PEFT puts it before every module path
@@ -38,7 +38,7 @@ def read_tensors(directory: Path, name: str = SAFETENSORS_WEIGHTS_NAME) -> dict[
     """The tensors of an adapter folder, on the CPU.
 
     Raises:
-        UserError: missing, cut short, or in a pickle (which could run code and is never opened).
+        UserError: missing, damaged, or in a pickle (which could run code and is never opened).
     """
     weights = directory / name
     if not weights.is_file():
@@ -46,5 +46,7 @@ def read_tensors(directory: Path, name: str = SAFETENSORS_WEIGHTS_NAME) -> dict[
         if pickled.is_file():
             raise UserError(f"{pickled} is a pickle and is not opened: save the adapter again as safetensors.")
         raise UserError(f"{directory} has a config but no tensors ({name} is missing).")
-    check_safetensors(weights)
+    # the checksum in the config is of the adapter's tensors, not of others that lie beside them
+    recorded = name == SAFETENSORS_WEIGHTS_NAME and (directory / CONFIG_NAME).is_file()
+    check_tensors(weights, read_config(directory).get("tensors_sha256") if recorded else None)
     return load_file(weights)
