@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
+    from loratlas.train.atomic import AtomicCheckpoints
+    from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AtlasLoraConfig",
+    "AtomicCheckpoints",
     "Lifecycle",
     "LifecycleCallback",
     "SRLoraConfig",
@@ -31,7 +34,10 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "load_checkpoint",
     "load_lora",
+    "newest_checkpoint",
+    "save_checkpoint",
 ]
 
 _HOMES = {
@@ -44,6 +50,10 @@ _HOMES = {
     "attach": "loratlas.engine.lifecycle",
     "load_lora": "loratlas.adapters.load_lora",
     "UserError": "loratlas.errors",
+    "AtomicCheckpoints": "loratlas.train.atomic",
+    "load_checkpoint": "loratlas.train.checkpoint",
+    "newest_checkpoint": "loratlas.train.checkpoint",
+    "save_checkpoint": "loratlas.train.checkpoint",
 }
 
 
@@ -56,7 +66,8 @@ def __getattr__(name: str) -> Any:
 def register_adapters() -> None:
     """Make every adapter type of the library known to PEFT; `import loratlas` does it."""
     for home in sorted(set(_HOMES.values())):
-        importlib.import_module(home)
+        if not home.startswith("loratlas.train."):  # no adapters there, and transformers' Trainer takes its time
+            importlib.import_module(home)
 
 
 if "loratlas_command" not in sys.modules:

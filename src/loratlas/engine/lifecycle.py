@@ -193,6 +193,11 @@ def attach(
     return lifecycle
 
 
+def is_attached(optimizer: Optimizer) -> bool:
+    """Whether `attach` has been called with this optimizer, and its `Lifecycle` not removed since."""
+    return torch_optimizer(optimizer) in _ATTACHED
+
+
 class LifecycleCallback(TrainerCallback):
     """`attach` for transformers' Trainer: pass it in `callbacks`.
 
