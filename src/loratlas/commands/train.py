@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -55,6 +58,7 @@ def train(
         from loratlas.train.console import ConsoleProgress
         from loratlas.train.methods import check_options, trainable
         from loratlas.train.run import ADAPTER, RunSpec, prepare_output, run
+        from loratlas.train.stop import Stop, Stopped
 
         shared, own = options.parse_settings(settings, [method])
         chosen = {**shared, **own.get(method, {})}
@@ -93,8 +97,14 @@ def train(
         save_every=save_every,
     )
     error_console().print(loaded.description, markup=False)
-    with ConsoleProgress(error_console()) as progress:
-        result = run(spec, loaded, progress, resume=resume)
+    try:
+        with ConsoleProgress(error_console()) as progress, Stop() as stop:
+            result = run(spec, loaded, progress, resume=resume, stop=stop)
+    except Stopped as stopped:
+        where = f"stopped after step {stopped.step}; the checkpoint is in {stopped.checkpoint}"
+        command = f"go on with: {_go_on(sys.argv[1:], directory)}"
+        error_console().print(f"{where}\n{command}", markup=False, soft_wrap=True)
+        raise typer.Exit(130) from None
     if as_json:
         print_json(result)
     else:
@@ -104,6 +114,14 @@ def train(
             f"the loss or gradient was not finite at step {result.diverged_at}: the adapter of the step before is in "
             f"{directory / ADAPTER}; try a lower --learning-rate than {result.learning_rate:g}."
         )
+
+
+def _go_on(arguments: list[str], directory: Path) -> str:
+    """The command that resumes the run that `arguments` started in `directory`."""
+    kept = [word for word in arguments if word not in ("--overwrite", "--resume")]
+    if not any(word.split("=")[0] == "--out" for word in kept):
+        kept += ["--out", str(directory)]
+    return shlex.join(["loratlas", *kept, "--resume"])
 
 
 def _summary(result: RunResult) -> str:

@@ -78,7 +78,8 @@ def save_checkpoint(
         The directory of the checkpoint.
 
     Raises:
-        UserError: not a PEFT model, a sharded one, or state that cannot be written. `DiskFull` names the checkpoint that is left.
+        UserError: not a PEFT model, a sharded one, or state that cannot be written. `DiskFull` names the checkpoint
+            that is left.
     """
     peft, target = _peft_model(model), Path(directory) / checkpoint_name(step)
     with whole_checkpoint(target, step, keep=keep) as folder:

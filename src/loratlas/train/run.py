@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -11,18 +13,21 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from loratlas.analysis.recomposition import recompositions
 from loratlas.engine.lifecycle import LifecycleCallback
 from loratlas.errors import UserError
-from loratlas.files import whole_directory, write_json
+from loratlas.files import recover, whole_directory, write_json
+from loratlas.lock import locked
+from loratlas.train.complete import newest_checkpoint
 from loratlas.train.data import TaskData
 from loratlas.train.memory import PeakMemory
 from loratlas.train.methods import FALLBACK_LR, build_config, trainable
 from loratlas.train.models import load_model
 from loratlas.train.progress import Progress
 from loratlas.train.results import RunResult
+from loratlas.train.same_run import same_run
+from loratlas.train.stop import Stop
 from loratlas.train.watch import Diverged, Watch, WatchedTrainer
 
 RESULT, ADAPTER, CHECKPOINTS = "result.json", "adapter", "checkpoints"
@@ -67,8 +72,20 @@ class RunSpec:
         if self.learning_rate is not None and self.learning_rate <= 0:
             raise UserError(f"learning_rate must be positive, but it is {self.learning_rate}.")
 
+    @property
+    def evaluation_interval(self) -> int:
+        """Steps between evaluations."""
+        return self.eval_every or max(1, self.steps // 5)
 
-def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resume: bool = False) -> RunResult:
+
+def run(
+    spec: RunSpec,
+    task: TaskData,
+    progress: Progress | None = None,
+    *,
+    resume: bool = False,
+    stop: Stop | None = None,
+) -> RunResult:
     """Train, evaluate, save the adapter and write result.json.
 
     The seed fixes the head's start, the adapter's start, the order of the data and dropout, so runs of several methods
@@ -76,14 +93,24 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
     the adapter of the last good step is evaluated and saved, and `diverged_at` names the step.
 
     Args:
-        resume: continue from the newest checkpoint in `spec.output_dir`.
+        resume: continue from the newest complete checkpoint in `spec.output_dir`, as the run that wrote it.
+        stop: asks the run to end with a checkpoint after the step in which `requested` becomes true.
 
     Raises:
-        UserError: an unknown method or option, a model that cannot be loaded, nothing to resume from.
+        UserError: an unknown method or option, a model that cannot be loaded, nothing to resume from, settings or data
+            other than those of the run to resume, another process in `spec.output_dir`, a full disk.
+        Stopped: `stop` was requested; the checkpoint is written.
     """
-    progress = progress or Progress()
+    first = os.environ.get("RANK", "0") == "0"  # the ranks of a distributed run are one writer
+    with locked(spec.output_dir) if first else contextlib.nullcontext():
+        checkpoint = _checkpoint(spec) if resume else None
+        if first:
+            recover(spec.output_dir)
+        return _run(spec, task, progress or Progress(), checkpoint, stop)
+
+
+def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | None, stop: Stop | None) -> RunResult:
     system = trainable(spec.method)
-    checkpoint = _checkpoint(spec) if resume else None
     set_seed(spec.seed)
     model = load_model(spec.model, task)
     set_seed(spec.seed)
@@ -93,7 +120,7 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
     except ValueError as error:  # ours are ValueErrors too, and read well as they are
         raise UserError(str(error)) from None
     rate = spec.learning_rate or system.lr or FALLBACK_LR
-    watch = Watch(progress, task.metric)
+    watch = Watch(progress, task.metric, stop)
     trainer = WatchedTrainer(
         watch,
         model=adapted,
@@ -106,6 +133,8 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[LifecycleCallback()],
     )
+    identity = same_run(spec, task, rate)
+    trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
     progress.started(system.name, spec.steps)
     memory, began, diverged = PeakMemory(), time.perf_counter(), None
     try:
@@ -161,12 +190,12 @@ def prepare_output(directory: str | Path, *, overwrite: bool = False) -> Path:
     if path.is_dir() and any(path.iterdir()):
         if not overwrite:
             raise UserError(f"{path} is not empty: choose another --out, or add --overwrite to replace what is there.")
-        shutil.rmtree(path)
+        with locked(path):
+            shutil.rmtree(path)
     return path
 
 
 def _arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingArguments:
-    every = spec.eval_every or max(1, spec.steps // 5)
     return TrainingArguments(
         output_dir=str(Path(spec.output_dir) / CHECKPOINTS),
         max_steps=spec.steps,
@@ -180,7 +209,7 @@ def _arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingArguments:
         max_grad_norm=spec.max_grad_norm,
         bf16=spec.bf16,
         eval_strategy="steps",
-        eval_steps=every,
+        eval_steps=spec.evaluation_interval,
         save_strategy="no" if spec.save_every is None else "steps",
         save_steps=spec.save_every or spec.steps,
         logging_steps=1,
@@ -198,9 +227,11 @@ def _arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingArguments:
 
 def _checkpoint(spec: RunSpec) -> str:
     folder = Path(spec.output_dir) / CHECKPOINTS
-    newest = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    newest = newest_checkpoint(folder) if folder.is_dir() else None
     if newest is None:
-        raise UserError(f"{folder} holds no checkpoint to resume from; checkpoints are written with --save-every.")
+        raise UserError(
+            f"{folder} holds no checkpoint to resume from; --save-every writes them, and Ctrl-C before it leaves."
+        )
     return str(newest)
 
 

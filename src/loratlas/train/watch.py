@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -12,7 +13,10 @@ from torch import Tensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from loratlas.train.atomic import AtomicCheckpoints
+from loratlas.train.complete import checkpoint_name
 from loratlas.train.progress import Progress
+from loratlas.train.stop import Stop, Stopped
 
 
 class Diverged(Exception):
@@ -25,11 +29,13 @@ class Diverged(Exception):
 
 
 class Watch(TrainerCallback):
-    """Times of the optimizer steps (without evaluations), and the last look at the gradients before each."""
+    """Times of the optimizer steps (without evaluations), the last look at the gradients before each, and the wish to
+    stop after one."""
 
-    def __init__(self, progress: Progress, metric: str) -> None:
+    def __init__(self, progress: Progress, metric: str, stop: Stop | None = None) -> None:
         self.progress = progress
         self.metric = metric
+        self.stop = stop or Stop()
         self.times: list[float] = []
         self._started = 0.0
 
@@ -49,6 +55,13 @@ class Watch(TrainerCallback):
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(_now() - self._started)
 
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_save |= self.stop.requested
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stop.requested:
+            raise Stopped(state.global_step, Path(args.output_dir) / checkpoint_name(state.global_step))
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if "loss" in logs:
@@ -56,9 +69,10 @@ class Watch(TrainerCallback):
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.progress.evaluated(state.global_step, self.metric, kwargs["metrics"][f"eval_{self.metric}"])
+        control.should_save |= self.stop.requested  # asked for while it evaluated, which comes before saving
 
 
-class WatchedTrainer(Trainer):
+class WatchedTrainer(AtomicCheckpoints, Trainer):
     """transformers' Trainer with a `Watch`; raises `Diverged` where Trainer would step on."""
 
     def __init__(self, watch: Watch, **kwargs: Any) -> None:
