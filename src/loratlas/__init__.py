@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratlas.adapters.lora import AtlasLoraConfig
     from loratlas.adapters.srlora import SRLoraConfig
+    from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
 
@@ -26,6 +27,7 @@ __all__ = [
     "UserError",
     "__version__",
     "attach",
+    "calibrate",
 ]
 
 _HOMES = {
@@ -34,6 +36,7 @@ _HOMES = {
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
+    "calibrate": "loratlas.engine.calibrate",
     "UserError": "loratlas.errors",
 }
 

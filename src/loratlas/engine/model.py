@@ -40,18 +40,20 @@ class AtlasModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
-        if getattr(self.peft_config[adapter_name], "target_modules", None) == "all-linear":
+        config: Any = self.peft_config[adapter_name]
+        if getattr(config, "target_modules", None) == "all-linear":
             self._name_what_all_linear_misses(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError:
-            wanted = getattr(self.peft_config[adapter_name], "target_modules", None)
+            wanted = getattr(config, "target_modules", None)
             names = ", ".join(sorted(wanted)) if isinstance(wanted, set) else wanted
             candidates = ", ".join(self._candidates(model)) or "none"
             raise NoTargets(
                 f"target_modules ({names}) match no module of {type(model).__name__} that {self.method.name} can "
                 f"adapt; names that it can adapt: {candidates}."
             ) from None
+        config.calibration = None  # as large as the adapted weights, and used up
 
     def _name_what_all_linear_misses(self, model: nn.Module) -> None:
         """Experts kept as one 3-D parameter are no linear layers; silence about them would claim too much."""
