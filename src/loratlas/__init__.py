@@ -11,8 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.loldu import LoLDUConfig
     from loratlas.adapters.lora import AtlasLoraConfig
+    from loratlas.adapters.lora_ga import LoraGAConfig
     from loratlas.adapters.srlora import SRLoraConfig
+    from loratlas.adapters.svfit import SVFitConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
@@ -23,7 +26,10 @@ __all__ = [
     "AtlasLoraConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LoLDUConfig",
+    "LoraGAConfig",
     "SRLoraConfig",
+    "SVFitConfig",
     "UserError",
     "__version__",
     "attach",
@@ -32,7 +38,10 @@ __all__ = [
 
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "LoLDUConfig": "loratlas.adapters.loldu",
+    "LoraGAConfig": "loratlas.adapters.lora_ga",
     "SRLoraConfig": "loratlas.adapters.srlora",
+    "SVFitConfig": "loratlas.adapters.svfit",
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",

@@ -28,6 +28,9 @@ CACHE = HERE.parents[1] / ".cache"
 KINDS = ["linear", "conv1d", "embedding", "conv2d"]
 CASES = {
     "lora": {"config": "loratlas:AtlasLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
+    "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
+    "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 SUITES = {"custom": "tests/test_custom_models.py", "decoder": "tests/test_decoder_models.py"}
@@ -87,7 +90,7 @@ def run(slug: str, suite: str) -> tuple[Counter[str], list[str], float]:
         env = {
             **os.environ,
             "LORATLAS_CONFORMANCE": json.dumps(case),
-            "PYTHONPATH": str(HERE),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
         }

@@ -36,6 +36,7 @@ class AtlasLayer(nn.Module, Merging):
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any]) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.path = ""  # in the base model; for messages
         # without the quantiser's recipe (a base quantised by hand) everything but merging works
         recipe = quantization.get("get_apply_tensor_subclass") or _no_recipe
         self.quantization_backend = resolve_quantization_backend(
@@ -315,7 +316,10 @@ def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
 
 def _derive_after_load(layer: AtlasLayer, _: Any) -> None:
     for adapter in layer.adapters():
-        layer.derive(adapter)
+        try:
+            layer.derive(adapter)
+        except UserError as error:
+            raise UserError(f"module {layer.path}: {error}") from None
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -94,11 +94,12 @@ class AtlasModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config: AtlasConfig = peft_config
-        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        asked = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
         # a layer of another of our methods is wrapped like any other: methods stack
         own = target if isinstance(target, AtlasLayer) and target.method is self.method else None
         is_new, layer = own is None, own if own is not None else self._wrap(target, current_key)
+        wanted = min(layer.op.shape) if asked is None else asked
         try:
             statistics = (config.calibration or {}).get(current_key, {})
             r = layer.update_layer(adapter_name, config, wanted, alpha, statistics)
@@ -106,11 +107,12 @@ class AtlasModel(BaseTuner):
             raise UserError(f"module {current_key}: {error}") from None
         if r < wanted:
             n_out, n_in = layer.op.shape
-            warn_once(
-                f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
-                f"{n_in}); this module uses r={r}.",
-                self._warned,
-            )
+            if asked is not None:
+                warn_once(
+                    f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
+                    f"{n_in}); this module uses r={r}.",
+                    self._warned,
+                )
             config.rank_pattern = {f"^{current_key}": r, **config.rank_pattern}
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         if is_new:
@@ -138,6 +140,7 @@ class AtlasModel(BaseTuner):
             )
         try:
             layer = self.layer_classes[kind](target, quantization)
+            layer.path = key
         except UserError as error:
             raise UserError(f"module {key}: {error}") from None
         layer.set_adapter(self.active_adapters)
