@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from toys import Toy, inputs, raw, trainable, view, views
 from torch import Tensor, nn
+from toys import Toy, inputs, raw, trainable, view, views
 
 from loratlas import AtlasLoraConfig, LoLDUConfig, UserError
 from loratlas.adapters.loldu import STARTS, start

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from toys import Toy, inputs, trainable, view, views
 from torch import Tensor, nn
+from toys import Toy, inputs, trainable, view, views
 
 from loratlas import AtlasLoraConfig, SVFitConfig, UserError
 from loratlas.adapters.svfit import energy_rank

@@ -28,7 +28,7 @@ CACHE = HERE.parents[1] / ".cache"
 KINDS = ["linear", "conv1d", "embedding", "conv2d"]
 CASES = {
     "lora": {"config": "loratlas:AtlasLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
-    "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},

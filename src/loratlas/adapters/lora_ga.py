@@ -46,14 +46,13 @@ class LoraGA(Lora):
         return pairs.shapes(r, n_in, n_out)
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
-        if not t.cfg.init_weights:
-            random_start(t.A, t.B, embedding=False, identity=False)
-            return None
-        directions, gradient = min(t.op.shape), t.statistics["gradient"]
+        directions = min(t.op.shape)
         if t.r > max(1, directions // 2):
             return max(1, directions // 2)
-        if directions > 1 and gradient.any():
-            pairs.start(t, *start_factors(t, gradient, weight))
+        if not t.cfg.init_weights:
+            random_start(t.A, t.B, embedding=False, identity=False)
+        elif directions > 1 and t.statistics["gradient"].any():
+            pairs.start(t, *start_factors(t, t.statistics["gradient"], weight))
         else:  # there is nothing to choose from: LoRA's own start
             random_start(t.A, t.B, embedding=False, identity=True)
             pairs.start(t, t.A, t.B)

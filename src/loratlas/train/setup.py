@@ -27,7 +27,13 @@ def calibrate_for_run(
     """
     if not needs(config):
         return
-    trainer = Trainer(model=model, args=arguments, train_dataset=task.train, data_collator=task.collator)
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=task.train,
+        eval_dataset=task.test,  # never read, but `arguments` plan evaluations
+        data_collator=task.collator,
+    )
     batches = iter(trainer.get_train_dataloader())
 
     def step() -> Any:
