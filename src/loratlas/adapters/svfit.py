@@ -38,11 +38,11 @@ class SVFit(DiagonalMethod):
         matrix, most = weight(), min(t.op.shape)
         if t.r > most:
             return most
-        u, s, vh = self._svd(t, matrix)
         if t.cfg.r is None and t.r == most:  # not fixed by rank_pattern either
-            useful = energy_rank(s, t.cfg.energy, t.cfg.energy_norm)
+            useful = energy_rank(torch.linalg.svdvals(matrix), t.cfg.energy, t.cfg.energy_norm)
             if useful < most:
                 return useful
+        u, s, vh = self._svd(t, matrix)
         t.S.copy_(s)
         self.place(t, u, vh, matrix)
         if not t.cfg.init_weights:
