@@ -116,6 +116,7 @@ class _Target:
         self.sums: dict[str, Tensor] = {}
         self.tokens = 0
         self._weight: nn.Parameter = module.weight
+        self._handle: Any = None
 
     def open(self, backward: bool) -> None:
         if backward:
@@ -124,7 +125,8 @@ class _Target:
             stand_in = nn.Parameter(self._weight.detach())
             stand_in.register_post_accumulate_grad_hook(self._take_gradient)
             self.module.weight = stand_in
-        self._handle = self.module.register_forward_pre_hook(self._take_input) if "activation" in self.gather else None
+        if "activation" in self.gather:
+            self._handle = self.module.register_forward_pre_hook(self._take_input)
 
     def close(self) -> None:
         if self.module.weight is not self._weight:
