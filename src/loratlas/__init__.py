@@ -12,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratlas.adapters.load_lora import load_lora
+    from loratlas.adapters.loldu import LoLDUConfig
     from loratlas.adapters.lora import AtlasLoraConfig
+    from loratlas.adapters.lora_ga import LoraGAConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
+    from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
     from loratlas.train.atomic import AtomicCheckpoints
@@ -28,12 +32,16 @@ __all__ = [
     "AtomicCheckpoints",
     "Lifecycle",
     "LifecycleCallback",
+    "LoLDUConfig",
+    "LoraGAConfig",
     "SRLoraConfig",
+    "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
     "UserError",
     "__version__",
     "attach",
+    "calibrate",
     "load_checkpoint",
     "load_lora",
     "newest_checkpoint",
@@ -42,6 +50,8 @@ __all__ = [
 
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "LoLDUConfig": "loratlas.adapters.loldu",
+    "LoraGAConfig": "loratlas.adapters.lora_ga",
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",
@@ -49,6 +59,8 @@ _HOMES = {
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
     "load_lora": "loratlas.adapters.load_lora",
+    "SVFitConfig": "loratlas.adapters.svfit",
+    "calibrate": "loratlas.engine.calibrate",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",

@@ -19,6 +19,7 @@ from loratlas.catalog import baselines, load_entry, systems
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.export import export_lora, export_merged
 from loratlas.engine.method import View
+from loratlas.engine.ops import kind_of, op_for
 
 ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.entry.startswith("loratlas.")}
 SMALL: dict[str, dict[str, Any]] = {"srlora": {"r_target": 12}, "salt": {"scale_ratio": 0.4}}
@@ -39,17 +40,22 @@ def method_of(slug: str) -> Any:
 
 
 def adapted(slug: str, kind: str = "linear", dtype: torch.dtype = torch.float32) -> PeftModel:
-    base, cfg = Toy(kind, dtype), config(slug)
-    wanted = method_of(slug).gather(cfg)
-    if wanted:
-        cfg.calibration = {path: _statistics(base.get_submodule(path), wanted) for path in TARGETS}
+    base = Toy(kind, dtype)
+    cfg = calibrated(slug, base)
     torch.manual_seed(1)
     return get_peft_model(base, cfg)
 
 
+def calibrated(slug: str, base: nn.Module) -> AtlasConfig:
+    cfg = config(slug)
+    wanted = method_of(slug).gather(cfg)
+    cfg.calibration = {path: _statistics(base.get_submodule(path), wanted) for path in TARGETS}
+    return cfg
+
+
 def _statistics(module: nn.Module, wanted: tuple[str, ...]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(7)
-    n_out, n_in = module.weight.shape if isinstance(module, nn.Linear) else module.weight.T.flatten(1).shape
+    n_out, n_in = op_for(module, str(kind_of(module, {}))).shape
     made = {
         "gradient": lambda: torch.randn(n_out, n_in, generator=generator),
         "fisher": lambda: torch.rand(n_out, n_in, generator=generator),
@@ -140,10 +146,7 @@ def test_exports_reproduce_the_function(slug: str, kind: str, tmp_path: Path) ->
 def test_several_adapters_share_a_base(slug: str) -> None:
     model, x = adapted(slug), inputs()
     train(model, x, steps=6)
-    y, other = model(x), config(slug)
-    other.calibration = model.peft_config["default"].calibration or (
-        {path: _statistics(Toy().get_submodule(path), method_of(slug).gather(other)) for path in TARGETS}
-    )
+    y, other = model(x), calibrated(slug, Toy())
     model.add_adapter("second", other)
     model.set_adapter("second")
     assert torch.equal(model(x), Toy()(x)) == (slug not in MOVED)

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from loratlas import AtlasLoraConfig, SRLoraConfig, attach
+from loratlas import AtlasLoraConfig, LoLDUConfig, LoraGAConfig, SRLoraConfig, SVFitConfig, attach
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.export import export_lora
 from loratlas.engine.model import atlas_layers
@@ -33,6 +33,13 @@ def config(name: str, **options: object) -> AtlasConfig:
     targets = ["first", "second"]
     if name == "srlora":
         return SRLoraConfig(r=4, r_target=12, target_modules=targets, **options)
+    if name == "lora-ga":
+        found = LoraGAConfig(r=4, target_modules=targets, **options)
+        gradients = (torch.randn(30, 20), torch.randn(24, 30))
+        found.calibration = {path: {"gradient": g} for path, g in zip(targets, gradients, strict=True)}
+        return found
+    if name in ("svfit", "loldu"):
+        return {"svfit": SVFitConfig, "loldu": LoLDUConfig}[name](r=4, target_modules=targets, **options)
     return AtlasLoraConfig(r=4, target_modules=targets, init_weights="pissa" if name == "pissa" else True, **options)
 
 
@@ -51,7 +58,7 @@ def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
 
-@pytest.mark.parametrize("name", ["lora", "pissa", "srlora"])
+@pytest.mark.parametrize("name", ["lora", "pissa", "srlora", "lora-ga", "svfit", "loldu"])
 def test_start_disable_reload_and_unload_are_bitwise(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net = Net(dtype)
@@ -106,15 +113,16 @@ def test_no_events_is_pissa() -> None:
     assert torch.equal(*trajectories)
 
 
-def test_export_is_a_stock_lora(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "rank"), [("srlora", 24), ("lora-ga", 8), ("svfit", 4), ("loldu", 4)])
+def test_export_is_a_stock_lora(name: str, rank: int, tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, x = Net(), torch.randn(9, 20)
     base = copy.deepcopy(net)
-    model = get_peft_model(net, config("srlora"))
+    model = get_peft_model(net, config(name))
     train(model, x)
     report = export_lora(model, tmp_path / "lora")
     assert report.relative_error == 0.0
-    assert report.rank == 24
+    assert report.rank == rank
     stock = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert isinstance(stock.peft_config["default"], LoraConfig)
     torch.testing.assert_close(stock(x), model(x), rtol=1e-5, atol=1e-6)

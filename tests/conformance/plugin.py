@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
     sys.path.insert(0, os.getcwd())
     cls, kwargs = config_class(), CASE["kwargs"]
     name = cls.__name__
+    calibrate_everything()
     if CASE["suite"] == "decoder":
         tests = importlib.import_module("tests.test_decoder_models")
         tests.PEFT_DECODER_MODELS_TO_TEST[:] = CASE["models"]
@@ -57,6 +58,44 @@ def pytest_configure(config: pytest.Config) -> None:
         (f"{name} Different", name.lower(), cls, random, other),
     ]
     tests.MIXED_ADAPTER_TEST_CASES[:] = [(f"{name} mixed", cls(**random), cls(**random))]
+
+
+def calibrate_everything() -> None:
+    """Let every adapter that starts from data find synthetic statistics, wherever PEFT's tests make one.
+
+    The tests build models and adapters out of configurations alone. Their start is then the method's own, on a seeded
+    random gradient instead of a measured one.
+    """
+    from loratlas.engine.calibrate import needs
+    from loratlas.engine.model import AtlasModel
+
+    inject = AtlasModel.inject_adapter
+
+    def calibrated(self: Any, model: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        cfg = self.peft_config[adapter_name]
+        if cfg.calibration is None and (names := needs(cfg)):
+            cfg.calibration = {
+                path: {name: statistic(module, name) for name in names}
+                for path, module in model.named_modules()
+                if getattr(module, "weight", None) is not None and module.weight.dim() > 1
+            }
+        inject(self, model, adapter_name, *args, **kwargs)
+
+    AtlasModel.inject_adapter = calibrated  # type: ignore[method-assign]
+
+
+def statistic(module: Any, name: str) -> Any:
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    shape = base.weight.T.shape if isinstance(base, Conv1D) else base.weight.flatten(1).shape
+    generator = torch.Generator().manual_seed(0)
+    if name == "activation":
+        rows = torch.randn(64, shape[1], generator=generator)
+        return rows.T @ rows / len(rows)
+    gradient = torch.randn(shape, generator=generator)
+    return gradient.square() if name == "fisher" else gradient
 
 
 _MODELS: list[tuple[str, str, str, dict[str, Any]]] = [

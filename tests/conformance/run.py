@@ -30,6 +30,9 @@ CASES = {
     "lora": {"config": "loratlas:AtlasLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
     "salt": {"config": "loratlas:SaltConfig", "kinds": ["linear", "conv1d", "conv2d"], "kwargs": {"r": 4}},
     "soka": {"config": "loratlas:SoKAConfig", "kinds": ["linear", "conv1d"], "kwargs": {"r": 4}},
+    "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
+    "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
+    "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 SUITES = {"custom": "tests/test_custom_models.py", "decoder": "tests/test_decoder_models.py"}

@@ -171,3 +171,7 @@ def test_deepspeed_is_refused() -> None:
     assert int(attach(model, wrapped, total_steps=10).groups[0].views[0].step) == 0
     torch_optimizer.step()
     assert int(attach(model, torch_optimizer).groups[0].views[0].step) == 1
+
+
+def test_calibration_is_the_mean_over_all_steps_of_all_ranks() -> None:
+    two_ranks("ranks_calibrate.py")

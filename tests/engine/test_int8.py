@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from toys import EXACT_START, TARGETS, Toy, config, goal, inputs, train, view, views
 
-from loratlas import UserError
+from loratlas import LoLDUConfig, LoraGAConfig, SVFitConfig, UserError, calibrate
 
 torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
 
@@ -102,3 +104,28 @@ def test_merging_with_a_recipe_requantises_and_unmerging_restores_the_bits() -> 
 def test_in_place_is_refused_with_the_module_and_the_way_out() -> None:
     with pytest.raises(UserError, match=r"module first: .*dense base layer.*fuse_mode='difference'"):
         get_peft_model(quantised(), config("srlora-inplace"))
+
+
+def test_statistics_of_the_full_model_serve_its_quantised_copy() -> None:
+    x, cfg = inputs(), LoraGAConfig(r=4, target_modules=TARGETS)
+
+    def loss(model: torch.nn.Module, batch: Tensor) -> Tensor:
+        return (model(batch) - goal(model(batch))).square().mean()
+
+    with pytest.raises(UserError, match=r"module first is a Linear without a dense weight .*config.calibration"):
+        calibrate(quantised(), cfg, [x], loss=loss)
+    calibrate(Toy(), cfg, [x], loss=loss)
+    model = get_peft_model(quantised(), cfg)
+    assert view(model, "first").B.abs().max() > 0.1
+    assert torch.equal(model(x), quantised()(x))
+
+
+@pytest.mark.parametrize("save_bases", [True, False])
+@pytest.mark.parametrize("cls", [SVFitConfig, LoLDUConfig])
+def test_bases_of_a_quantised_weight(cls: type, save_bases: bool, tmp_path: Path) -> None:
+    x = inputs()
+    model = get_peft_model(quantised(), cls(r=4, save_bases=save_bases, target_modules=TARGETS))
+    assert torch.equal(model(x), quantised()(x))
+    train(model, x)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(quantised(), tmp_path)(x), model(x))

@@ -100,7 +100,7 @@ def test_runs_repeat_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Path) -
     assert other.history != first.history
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "srlora"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "srlora", "lora-ga"])
 def test_resume_continues_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Path, method: str) -> None:
     whole = run(spec(bert, tmp_path / "whole", method), reviews)
     broken = spec(bert, tmp_path / "broken", method, save_every=5)
@@ -126,10 +126,11 @@ def test_every_method_gets_the_same_head_and_data(bert: str, reviews: TaskData, 
         set_seed(3)
         heads.append(load_model(bert, reviews).classifier.weight)
     torch.testing.assert_close(heads[0], heads[1], rtol=0, atol=0)
-    result = compare(["peft-lora", "lora", "pissa", "srlora"], spec(bert, tmp_path, ""), reviews, seeds=[0])
+    methods = ["peft-lora", "lora", "pissa", "srlora", "lora-ga"]
+    result = compare(methods, spec(bert, tmp_path, ""), reviews, seeds=[0])
     # at the start the adapters change nothing, so the loss of the first step shows head and batch
     starts = [run.history[0]["loss"] for run in result.runs]
-    assert starts[1:] == pytest.approx([starts[0]] * 3, rel=1e-6)
+    assert starts[1:] == pytest.approx([starts[0]] * 4, rel=1e-6)
     ours, peft = result.runs[1], result.runs[0]
     assert [row["loss"] for row in ours.history] == pytest.approx([row["loss"] for row in peft.history], rel=2e-4)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -24,7 +25,7 @@ from loratlas.linalg.svd import numerical_rank, top_svd
 
 class Lora(LowRankMethod):
     name = "lora"
-    kinds = ("linear", "conv1d", "conv2d", "embedding")
+    kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
     buffers = pairs.STARTS
 

@@ -41,6 +41,7 @@ def compare(
     learning_rate: options.LearningRate = None,
     lr_scheduler: options.Scheduler = "linear",
     eval_every: options.EvalEvery = None,
+    calibrate_steps: options.CalibrateSteps = 8,
     bf16: options.Bf16 = False,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method, with seeds 0, 1, ...")] = 1,
     baseline: Annotated[
@@ -71,6 +72,7 @@ def compare(
             "learning_rate": learning_rate,
             "lr_scheduler": lr_scheduler,
             "eval_every": eval_every,
+            "calibrate_steps": calibrate_steps,
             "bf16": bf16,
             "options": shared,
         }

@@ -81,6 +81,14 @@ Scheduler = Annotated[
 EvalEvery = Annotated[
     int | None, typer.Option(min=1, help="Steps between evaluations. Else a fifth.", rich_help_panel=_TRAINING)
 ]
+CalibrateSteps = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Batches to look at before training, for methods whose start follows the data.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision with bfloat16.", rich_help_panel=_TRAINING)]
 Out = Annotated[Path | None, typer.Option(help="Directory to write. Else a new one below runs/.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in --out.")]

@@ -1,7 +1,8 @@
 """A pass over data before training: what methods with data-driven starts want to know of the target layers.
 
-    statistics = calibrate(model, config, batches, gather=("gradient",), steps=8)
-    statistics["encoder.layer.0.attention.self.query"]["gradient"]      # (out, in), fp32, on the CPU
+    config = LoraGAConfig(target_modules="all-linear")
+    calibrate(model, config, loader, steps=8)          # fills config.calibration with what the method asks for
+    model = get_peft_model(model, config)              # uses it and lets it go
 
 | gathered | shape | over the steps i = 1..n |
 |---|---|---|
@@ -9,22 +10,26 @@
 | fisher | (out, in) | mean of (dL_i/dW)^2, the empirical Fisher diagonal of the batches |
 | activation | (in, in) | mean over tokens of x x^T, the layer input's second moment |
 
-Each layer's gradient is taken off the weight the moment backward has finished with it, so no more than one of them
-lives at a time; the sums lie in host memory. Under torch.distributed all ranks get the mean over ranks.
+Each layer's gradient is taken off the weight the moment backward has finished with it, so the device holds no more than
+one at a time; the sums lie in host memory, in fp32 (fp64 for fp64 models).
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from accelerate.utils import send_to_device
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from torch import Tensor, nn
 
-from loratlas.engine.config import AtlasConfig
+from loratlas.engine.model import AtlasModel
 from loratlas.engine.ops import Op, kind_of, op_for
 from loratlas.errors import UserError
 
@@ -33,135 +38,261 @@ KINDS = ("gradient", "fisher", "activation")
 Statistics = dict[str, dict[str, Tensor]]
 
 
+def needs(config: Any) -> tuple[str, ...]:
+    """Statistics that the start of this PEFT configuration asks for; empty for other packages' and saved adapters."""
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if tuner is None or not issubclass(tuner, AtlasModel) or config.initialized:
+        return ()
+    return tuner.method.gather(config)
+
+
 def calibrate(
     model: nn.Module,
-    config: AtlasConfig,
-    batches: Iterable[Any],
-    *,
-    gather: Sequence[str] = ("gradient",),
+    config: Any,
+    data_or_step: Iterable[Any] | Callable[[], Any],
     steps: int | None = None,
+    *,
+    gather: Sequence[str] | None = None,
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
 ) -> Statistics:
-    """Run `batches` through `model` and gather statistics of the modules that `config` targets.
+    """Gather statistics of the layers that `config` targets; they are returned and stored as `config.calibration`.
 
-    The model is left as it was: weights, gradients, requires_grad, training mode (the pass runs in the mode it finds).
+    The model is left as it was: weights, gradients, requires_grad, buffers and training mode (the pass runs in the mode
+    it finds; dropout draws from torch's global generator). Layers that are used several times in a step count once,
+    with their whole gradient; layers that share one weight get each their own. Under torch.distributed every rank gets
+    the mean over all steps of all ranks.
 
     Args:
         model: the base model, before `get_peft_model`.
         config: its target_modules say which layers.
-        batches: anything that can be iterated; each item goes to `loss`.
-        gather: any of "gradient", "fisher", "activation".
-        steps: number of batches to use; None: all.
-        loss: (model, batch) -> scalar; default: `model(**batch).loss`.
+        data_or_step: batches, each a dictionary for `model(**batch)`, which go to the model's device by themselves; or
+            a function that runs the forward of one step and returns its loss.
+        steps: number of batches to use; None: all. A function is called so often and needs it.
+        gather: any of "gradient", "fisher", "activation"; None: what the method of `config` asks for.
+        loss: (model, batch) -> scalar, for batches that are no dictionaries or models that return no loss.
+
+    Returns:
+        {module path: {statistic: tensor}}, on the CPU. `get_peft_model` empties `config.calibration`; assign the
+        returned value to the `calibration` of another configuration to use it again.
 
     Raises:
-        UserError: unknown statistic, no target, no batch, quantised weights (they have no gradient), or a target whose
-            kind
-            has no such statistic.
+        UserError: an unknown statistic, or none that the method asks for; no target; a target without a dense weight
+            (quantised, sharded, offloaded) or of a kind that has no such statistic; no batch; a step without a loss; a
+            statistic that is not finite, with the module's name.
     """
+    wanted = tuple(needs(config) if gather is None else gather)
+    _check(config, wanted, data_or_step, steps)
+    targets = _targets(model, config, wanted)
+    backward = "gradient" in wanted or "fisher" in wanted
+    done = 0
+    with ExitStack() as stack:
+        stack.callback(_restore, [(p, p.requires_grad) for p in model.parameters()], _copies(model))
+        model.requires_grad_(False)
+        for target in targets:
+            stack.callback(target.close)
+            target.open(backward)
+        stack.enter_context(torch.set_grad_enabled(backward))
+        for value in _forwards(model, data_or_step, steps, loss):
+            if backward:
+                _backward(value)
+            for target in targets:
+                target.end_step()
+            done += 1
+    if steps is not None and 0 < done < steps:
+        warnings.warn(f"calibrate: the data ended after {done} of {steps} batches; these were used.", stacklevel=2)
+    total = int(_over_ranks(torch.tensor(float(done)), targets[0].module.weight.device))
+    if total == 0:
+        raise UserError("calibrate got no batch: give it data, or a fresh iterator if this one has been used up.")
+    config.calibration = {target.path: target.means(total) for target in targets}
+    _name_zeros(config.calibration)
+    return config.calibration
+
+
+class _Target:
+    """One layer during the pass: hooks that see its gradients and inputs, and their sums in host memory."""
+
+    def __init__(self, path: str, module: Any, op: Op, gather: Sequence[str]) -> None:
+        self.path, self.module, self.op, self.gather = path, module, op, gather
+        self.sums: dict[str, Tensor] = {}
+        self.tokens = 0
+        self._weight: nn.Parameter = module.weight
+        self._handle: Any = None
+
+    def open(self, backward: bool) -> None:
+        if backward:
+            # a stand-in over the same memory: tied layers are told apart, and the model's own Parameter, its gradient
+            # and its hooks stay out of it
+            stand_in = nn.Parameter(self._weight.detach())
+            stand_in.register_post_accumulate_grad_hook(self._take_gradient)
+            self.module.weight = stand_in
+        if "activation" in self.gather:
+            self._handle = self.module.register_forward_pre_hook(self._take_input)
+
+    def close(self) -> None:
+        if self.module.weight is not self._weight:
+            self.module.weight = self._weight
+        if self._handle is not None:
+            self._handle.remove()
+
+    def _take_gradient(self, weight: Tensor) -> None:
+        assert weight.grad is not None  # called by autograd right after it has set it
+        gradient = self.op.canonical(weight.grad.to_dense()).cpu()  # cast there: half the copy for 16-bit models
+        weight.grad = None
+        # reentrant checkpointing brings a layer's gradient in parts, which may be added but not squared one by one
+        self._add("step" if "fisher" in self.gather else "gradient", gradient)
+
+    def end_step(self) -> None:
+        gradient = self.sums.pop("step", None)
+        if gradient is not None:
+            self._add("fisher", gradient.square())
+            if "gradient" in self.gather:
+                self._add("gradient", gradient)
+
+    def _take_input(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        rows = inputs[0].detach().reshape(-1, inputs[0].shape[-1])
+        rows = rows.to(_wide(rows))
+        self._add("activation", (rows.T @ rows).cpu())
+        self.tokens += rows.shape[0]
+
+    def _add(self, name: str, value: Tensor) -> None:
+        if name in self.sums:
+            self.sums[name].add_(value)
+        else:
+            self.sums[name] = value.to(_wide(value))
+
+    def means(self, steps: int) -> dict[str, Tensor]:
+        n_out, n_in = self.op.shape
+        device, found = self._weight.device, {}
+        for name in self.gather:
+            shape = (n_in, n_in) if name == "activation" else (n_out, n_in)
+            nothing = torch.zeros(shape, dtype=_wide(self._weight))
+            total = _over_ranks(self.sums.pop(name, nothing), device)
+            count = _over_ranks(torch.tensor(float(self.tokens)), device).clamp_min(1.0)
+            found[name] = total.div_(count if name == "activation" else steps)
+            if not torch.isfinite(found[name]).all():
+                raise UserError(
+                    f"calibrate: the {name} of module {self.path} is not finite: look for NaN in the data and the loss,"
+                    " and calibrate float16 models in bfloat16 or float32."
+                )
+        return found
+
+
+def _check(config: Any, gather: Sequence[str], source: Any, steps: int | None) -> None:
     unknown = sorted(set(gather) - set(KINDS))
     if unknown:
         raise UserError(f"calibrate cannot gather {unknown[0]!r}; choose from {', '.join(KINDS)}.")
-    targets = _targets(model, config)
-    sums: Statistics = {path: {} for path in targets}
-    flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    done = 0
-    try:
-        with ExitStack() as stack:
-            for path, (module, op) in targets.items():
-                for handle in _hooks(path, module, op, gather, sums[path]):
-                    stack.callback(handle.remove)
-            needs_backward = bool({"gradient", "fisher"} & set(gather))
-            for p, _, _ in flags:
-                p.grad = None
-                p.requires_grad_(False)
-            for module, _ in targets.values():
-                module.weight.requires_grad_(needs_backward)
-            with torch.set_grad_enabled(needs_backward):
-                for batch in batches:
-                    if steps is not None and done == steps:
-                        break
-                    value = model(**batch).loss if loss is None else loss(model, batch)
-                    if needs_backward:
-                        value.backward()
-                    done += 1
-    finally:
-        for p, flag, grad in flags:
-            p.requires_grad_(flag)
-            p.grad = grad
-    if done == 0:
-        raise UserError("calibrate got no batch: give it data, and steps of at least 1.")
-    return _finish(sums, done)
+    if not gather:
+        raise UserError(f"{type(config).__name__} needs no calibration: leave it out, or say with gather=... what for.")
+    if steps is not None and steps < 1:
+        raise UserError(f"calibrate: steps must be at least 1, but it is {steps}.")
+    if callable(source) and steps is None:
+        raise UserError("calibrate: say with steps=N how often to call the function.")
 
 
-def _targets(model: nn.Module, config: AtlasConfig) -> dict[str, tuple[Any, Op]]:
-    if config.target_modules is None:
+def _targets(model: nn.Module, config: Any, gather: Sequence[str]) -> list[_Target]:
+    wanted = copy.copy(config)
+    if wanted.target_modules is None:  # the names that get_peft_model would fill in
+        architecture = getattr(getattr(model, "config", None), "model_type", None)
+        wanted.target_modules = AtlasModel.target_module_mapping.get(architecture)
+    if wanted.target_modules is None:
         raise UserError("calibrate: target_modules is not set, so there is no layer to look at.")
-    wanted = _maybe_include_all_linear_layers(copy.deepcopy(config), model)
-    found: dict[str, tuple[Any, Op]] = {}
-    for path, module in model.named_modules():
-        if not path or not check_target_module_exists(wanted, path):
-            continue
-        kind = kind_of(module, {})
-        if kind is None or not getattr(module, "weight", torch.empty(0, dtype=torch.int8)).is_floating_point():
-            raise UserError(
-                f"module {path} is a {type(module).__name__}, whose weight has no gradient: leave it out of "
-                "target_modules "
-                "or calibrate the unquantised model."
-            )
-        found[path] = module, op_for(module, kind)
+    wanted = _maybe_include_all_linear_layers(wanted, model)
+    found = [
+        _target(path, module, gather)
+        for path, module in model.named_modules()
+        if path and check_target_module_exists(wanted, path)
+    ]
     if not found:
         raise UserError(f"calibrate: target_modules={config.target_modules} match nothing in the model.")
     return found
 
 
-def _hooks(path: str, module: Any, op: Op, gather: Sequence[str], sums: dict[str, Tensor]) -> list[Any]:
-    handles = []
-    if {"gradient", "fisher"} & set(gather):
-
-        def take_gradient(weight: Tensor) -> None:
-            assert weight.grad is not None  # called by autograd right after it has set it
-            gradient = op.canonical(weight.grad).float()
-            weight.grad = None
-            if "gradient" in gather:
-                _add(sums, "gradient", gradient)
-            if "fisher" in gather:
-                _add(sums, "fisher", gradient.square())
-
-        # fires only while the weight requires a gradient, that is inside the pass
-        was = module.weight.requires_grad
-        module.weight.requires_grad_(True)
-        handles.append(module.weight.register_post_accumulate_grad_hook(take_gradient))
-        module.weight.requires_grad_(was)
-    if "activation" in gather:
-        if op.kind not in ("linear", "conv1d"):
-            raise UserError(f"module {path} is a {op.kind} layer: activations are gathered of linear layers only.")
-
-        def take_input(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].detach().reshape(-1, args[0].shape[-1]).float()
-            _add(sums, "activation", rows.T @ rows)
-            _add(sums, "tokens", torch.tensor(float(rows.shape[0])))
-
-        handles.append(module.register_forward_pre_hook(take_input))
-    return handles
+def _target(path: str, module: Any, gather: Sequence[str]) -> _Target:
+    what = type(module).__name__
+    if isinstance(module, BaseTunerLayer):
+        raise UserError(f"module {path} already has an adapter: calibrate the base model, before get_peft_model.")
+    kind = kind_of(module, {})
+    weight = getattr(module, "_parameters", {}).get("weight")
+    # quantised and sharded weights are subclasses, some of them with a floating dtype
+    dense = type(weight) is nn.Parameter and weight.is_floating_point() and weight.device.type != "meta"
+    if kind is None or not (dense or {"gradient", "fisher"}.isdisjoint(gather)):
+        raise UserError(
+            f"module {path} is a {what} without a dense weight to take a gradient of (quantised, sharded, offloaded, "
+            "or no layer that adapters know): leave it out of target_modules, or calibrate the model in full "
+            "precision and use its statistics as config.calibration here."
+        )
+    if "activation" in gather and kind not in ("linear", "conv1d"):
+        raise UserError(f"module {path} is a {what}: activations are gathered of linear layers only.")
+    return _Target(path, module, op_for(module, kind), gather)
 
 
-def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
-    value = value.cpu()
-    sums[name] = sums[name] + value if name in sums else value
+def _forwards(model: nn.Module, source: Any, steps: int | None, loss: Any) -> Iterator[Any]:
+    """The losses of the steps, each computed when it is asked for."""
+    if callable(source):
+        for _ in range(steps or 0):
+            try:
+                value = source()
+            except StopIteration:  # of an iterator of its own
+                return
+            yield value
+        return
+    device = next(model.parameters()).device
+    for batch in itertools.islice(source, steps):
+        batch = send_to_device(batch, device)
+        if loss is not None:
+            yield loss(model, batch)
+        elif isinstance(batch, Mapping):
+            yield getattr(model(**batch), "loss", None)
+        else:
+            raise UserError(
+                f"calibrate: a batch is a {type(batch).__name__}, no dictionary for model(**batch): pass "
+                "loss=(model, batch) -> scalar."
+            )
 
 
-def _finish(sums: Statistics, steps: int) -> Statistics:
-    """Sums to means, over steps (over tokens for activations) and over ranks."""
-    result: Statistics = {}
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    for path, named in sums.items():
-        tokens = named.pop("tokens", torch.tensor(float(steps)))
-        result[path] = {}
-        for name, value in named.items():
-            mean = value / (tokens if name == "activation" else steps)
-            if distributed:
-                torch.distributed.all_reduce(mean)
-                mean = mean / torch.distributed.get_world_size()
-            result[path][name] = mean
-    return result
+def _backward(value: Any) -> None:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        got = type(value).__name__ if not isinstance(value, Tensor) else f"a tensor of shape {tuple(value.shape)}"
+        raise UserError(
+            f"calibrate: a step must give a scalar loss, but it gave {got}: batches need labels for models that "
+            "compute their loss themselves; for others pass loss=(model, batch) -> scalar."
+        )
+    if not value.requires_grad:
+        raise UserError("calibrate: the loss does not depend on the target layers: is it detached, or under no_grad?")
+    value.backward()
+
+
+def _copies(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Buffers that the pass may move (running statistics of normalisation layers), with copies."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()] if model.training else []
+
+
+def _restore(flags: list[tuple[nn.Parameter, bool]], buffers: list[tuple[Tensor, Tensor]]) -> None:
+    for parameter, flag in flags:
+        parameter.requires_grad_(flag)
+    for buffer, before in buffers:
+        if not torch.equal(buffer, before):
+            buffer.copy_(before)
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _over_ranks(value: Tensor, device: torch.device) -> Tensor:
+    """The sum over ranks, on the CPU; `device` is where the ranks can talk."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    moved = value.to(device)
+    torch.distributed.all_reduce(moved)
+    return moved.cpu()
+
+
+def _name_zeros(statistics: Statistics) -> None:
+    silent = [path for path, named in statistics.items() if not any(value.any() for value in named.values())]
+    if silent:
+        warnings.warn(
+            f"calibrate: nothing reached {len(silent)} of {len(statistics)} modules, the first is {silent[0]}: the "
+            "loss does not depend on them in these batches. Starts that follow the data fall back to plain ones there.",
+            stacklevel=3,
+        )

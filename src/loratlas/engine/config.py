@@ -6,7 +6,7 @@ import os
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -30,6 +30,9 @@ class AtlasConfig(PeftConfig):
     Raises:
         UserError: a field is out of its range; the message names the field.
     """
+
+    # whether r=None is allowed: as many directions as the method finds useful in a layer, at most min(out, in)
+    rank_may_be_open: ClassVar[bool] = False
 
     r: int = knob(8, "Rank of the update: number of rank-one pairs that train in each layer.")
     lora_alpha: float | None = knob(None, "Numerator of the scaling alpha / r; None means alpha = r, a scaling of 1.")
@@ -62,7 +65,8 @@ class AtlasConfig(PeftConfig):
             value = getattr(self, name)
             if isinstance(value, list):
                 setattr(self, name, set(value))
-        self._require(isinstance(self.r, int) and self.r >= 1, "r", "an integer of at least 1")
+        open_rank = self.r is None and self.rank_may_be_open
+        self._require(open_rank or (isinstance(self.r, int) and self.r >= 1), "r", "an integer of at least 1")
         self._require(self.lora_alpha is None or self.lora_alpha > 0, "lora_alpha", "positive")
         ranks, alphas = (self.rank_pattern or {}).values(), (self.alpha_pattern or {}).values()
         self._require(all(isinstance(r, int) and r >= 1 for r in ranks), "rank_pattern", "a dict of ranks >= 1")

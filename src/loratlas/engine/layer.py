@@ -36,6 +36,7 @@ class AtlasLayer(nn.Module, Merging):
     def __init__(self, base_layer: nn.Module, quantization: dict[str, Any]) -> None:
         super().__init__()
         self.base_layer = base_layer
+        self.path = ""  # in the base model; for messages
         # without the quantiser's recipe (a base quantised by hand) everything but merging works
         recipe = quantization.get("get_apply_tensor_subclass") or _no_recipe
         self.quantization_backend = resolve_quantization_backend(
@@ -98,19 +99,13 @@ class AtlasLayer(nn.Module, Merging):
         statistics: what `calibrate` gathered of this layer.
 
         Raises:
-            UserError: the method's start needs statistics that are not there.
+            UserError: the method's start needs statistics that are not there or belong to another layer.
         """
         base = self.get_base_layer()
         needs_start = not (config.initialized or _on_meta(base))
         self.allocate(adapter, config, r, alpha)
         if needs_start and not _on_meta(self):
-            missing = [name for name in self.method.gather(config) if name not in statistics]
-            if missing:
-                raise UserError(
-                    f"{self.method.name} starts from the {missing[0]} of this layer on your data: call "
-                    "loratlas.calibrate(model, config, batches) before get_peft_model."
-                )
-            self.statistics = statistics
+            self.statistics = self._own_statistics(config, statistics)
             with torch.no_grad():
                 usable = self.method.init(self.view(adapter), self.base_matrix)
                 if usable is not None and usable < r:
@@ -119,6 +114,25 @@ class AtlasLayer(nn.Module, Merging):
             self.statistics = {}
             self.derive(adapter)
         return self.atlas_r[adapter]
+
+    def _own_statistics(self, config: AtlasConfig, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The statistics that the method asks for, on the layer's device."""
+        n_out, n_in = self.op.shape
+        found = {}
+        for name in self.method.gather(config):
+            if name not in given:
+                raise UserError(
+                    f"{self.method.name} starts from the {name} of this layer on your data: call "
+                    "loratlas.calibrate(model, config, batches) before get_peft_model."
+                )
+            expected = (n_in, n_in) if name == "activation" else (n_out, n_in)
+            if given[name].shape != expected:
+                raise UserError(
+                    f"its calibrated {name} is {tuple(given[name].shape)} instead of {expected}: calibrate the very "
+                    "model that you adapt."
+                )
+            found[name] = given[name].to(self._adapter_place()[0])
+        return found
 
     def allocate(self, adapter: str, config: AtlasConfig, r: int, alpha: float | None) -> None:
         """Give `adapter` its tensors, all zeros, at rank r."""
@@ -324,7 +338,10 @@ def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_:
 
 def _derive_after_load(layer: AtlasLayer, _: Any) -> None:
     for adapter in layer.adapters():
-        layer.derive(adapter)
+        try:
+            layer.derive(adapter)
+        except UserError as error:
+            raise UserError(f"module {layer.path}: {error}") from None
 
 
 def _on_meta(module: nn.Module) -> bool:

@@ -41,18 +41,20 @@ class AtlasModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
-        if getattr(self.peft_config[adapter_name], "target_modules", None) == "all-linear":
+        config: Any = self.peft_config[adapter_name]
+        if getattr(config, "target_modules", None) == "all-linear":
             self._name_what_all_linear_misses(model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError:
-            wanted = getattr(self.peft_config[adapter_name], "target_modules", None)
+            wanted = getattr(config, "target_modules", None)
             names = ", ".join(sorted(wanted)) if isinstance(wanted, set) else wanted
             candidates = ", ".join(self._candidates(model)) or "none"
             raise NoTargets(
                 f"target_modules ({names}) match no module of {type(model).__name__} that {self.method.name} can "
                 f"adapt; names that it can adapt: {candidates}."
             ) from None
+        config.calibration = None  # as large as the adapted weights, and used up
 
     def _name_what_all_linear_misses(self, model: nn.Module) -> None:
         """Experts kept as one 3-D parameter are no linear layers; silence about them would claim too much."""
@@ -93,11 +95,12 @@ class AtlasModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config: AtlasConfig = peft_config
-        wanted = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
+        asked = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
         # a layer of another of our methods is wrapped like any other: methods stack
         own = target if isinstance(target, AtlasLayer) and target.method is self.method else None
         is_new, layer = own is None, own if own is not None else self._wrap(target, current_key)
+        wanted = min(layer.op.shape) if asked is None else asked
         try:
             statistics = (config.calibration or {}).get(current_key, {})
             r = layer.update_layer(adapter_name, config, wanted, alpha, statistics)
@@ -105,7 +108,7 @@ class AtlasModel(BaseTuner):
             raise UserError(f"module {current_key}: {error}") from None
         if r < wanted:
             n_out, n_in = layer.op.shape
-            if not self.method.chooses_rank:
+            if asked is not None and not self.method.chooses_rank:
                 warn_once(
                     f"{self.method.name}: rank {wanted} exceeds the {r} useful directions of {current_key} ({n_out} x "
                     f"{n_in}); this module uses r={r}.",
@@ -138,6 +141,7 @@ class AtlasModel(BaseTuner):
             )
         try:
             layer = self.layer_classes[kind](target, quantization)
+            layer.path = key
         except UserError as error:
             raise UserError(f"module {key}: {error}") from None
         layer.set_adapter(self.active_adapters)

@@ -24,7 +24,8 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
         comparison: a JSON-able dictionary with task (one line), metric, greater_is_better, baseline (slug), notes,
             rows (see `wording`) and runs. A run has method, label, seed, metric, greater_is_better, final, history
             ([{"step", "loss"}]), evals ([{"step", <metric>}]), trainable_parameters, step_seconds, learning_rate,
-            batch_size, steps, seconds, options, versions, and perhaps events (see `analysis.recomposition`).
+            batch_size, steps, seconds, options, versions, and perhaps setup_seconds and events (see
+            `analysis.recomposition`).
         command: the command line that produced it.
 
     The page holds the leaderboard, loss and metric curves, costs, a heat map of recompositions for runs that carry
@@ -138,7 +139,7 @@ def _recompositions(runs: Sequence[Run], draw: Any) -> list[tuple[str, str, Any]
 
 def _making(runs: Sequence[Run], command: str) -> str:
     made_by = f"<p>Command</p><pre>{_text(command)}</pre>" if command else ""
-    titles = ("method", "seed", "learning rate", "batch size", "steps", "seconds", "options")
+    titles = ("method", "seed", "learning rate", "batch size", "steps", "seconds", "set-up", "options")
     rows = [
         (
             run["label"],
@@ -147,6 +148,7 @@ def _making(runs: Sequence[Run], command: str) -> str:
             run["batch_size"],
             run["steps"],
             f"{run['seconds']:.0f}",
+            f"{run['setup_seconds']:.1f} s" if "setup_seconds" in run else "-",
             ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "defaults",
         )
         for run in runs

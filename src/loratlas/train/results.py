@@ -21,7 +21,8 @@ class RunResult:
         evals: [{"step", "eval_loss", <every metric>}].
         step_seconds: median time of an optimizer step, without evaluations.
         seconds: time of the whole training, with evaluations.
-        peak_memory_bytes: see `memory`; None where it is not known.
+        setup_seconds: time of making the adapter, with the calibration pass of methods that need one.
+        peak_memory_bytes: of set-up and training, see `memory`; None where it is not known.
         events: recompositions of the adapter (see `analysis.recomposition`), empty for most methods.
         diverged_at: step whose loss or gradient was not finite, None if all went well.
         adapter_dir: the trained adapter, as PEFT saves it.
@@ -47,6 +48,7 @@ class RunResult:
     seconds: float
     peak_memory_bytes: int | None
     adapter_dir: str
+    setup_seconds: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
     diverged_at: int | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())

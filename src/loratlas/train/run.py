@@ -27,6 +27,7 @@ from loratlas.train.models import load_model
 from loratlas.train.progress import Progress
 from loratlas.train.results import RunResult
 from loratlas.train.same_run import same_run
+from loratlas.train.setup import calibrate_for_run
 from loratlas.train.stop import Stop
 from loratlas.train.watch import Diverged, Watch, WatchedTrainer
 
@@ -46,6 +47,7 @@ class RunSpec:
         eval_every: steps between evaluations on the test rows; None makes five of them.
         warmup: share of the steps in which the learning rate rises.
         save_every: steps between checkpoints to resume from, None for none.
+        calibrate_steps: batches to look at before training, for methods whose start follows the data.
     """
 
     method: str
@@ -63,10 +65,11 @@ class RunSpec:
     bf16: bool = False
     eval_every: int | None = None
     save_every: int | None = None
+    calibrate_steps: int = 8
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "gradient_accumulation"):
+        for name in ("steps", "batch_size", "gradient_accumulation", "calibrate_steps"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1, but it is {getattr(self, name)}.")
         if self.learning_rate is not None and self.learning_rate <= 0:
@@ -113,13 +116,16 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
     system = trainable(spec.method)
     set_seed(spec.seed)
     model = load_model(spec.model, task)
-    set_seed(spec.seed)
+    rate = spec.learning_rate or system.lr or FALLBACK_LR
     config = build_config(system, task.task, model, spec.options)
+    memory, began = PeakMemory(), time.perf_counter()
+    calibrate_for_run(model, config, task, _arguments(spec, task, rate), spec.calibrate_steps)
+    set_seed(spec.seed)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:  # ours are ValueErrors too, and read well as they are
         raise UserError(str(error)) from None
-    rate = spec.learning_rate or system.lr or FALLBACK_LR
+    setup_seconds = time.perf_counter() - began
     watch = Watch(progress, task.metric, stop)
     trainer = WatchedTrainer(
         watch,
@@ -136,7 +142,7 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
     identity = same_run(spec, task, rate)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
     progress.started(system.name, spec.steps)
-    memory, began, diverged = PeakMemory(), time.perf_counter(), None
+    began, diverged = time.perf_counter(), None
     try:
         trainer.train(resume_from_checkpoint=checkpoint)
     except Diverged as error:
@@ -168,6 +174,7 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         total_parameters=total_parameters,
         step_seconds=watch.step_seconds,
         seconds=seconds,
+        setup_seconds=setup_seconds,
         peak_memory_bytes=memory.bytes(),
         adapter_dir=str(adapter_dir),
         events=recompositions(adapter_dir),
