@@ -44,6 +44,9 @@ def rewrite(folder: Path, change: Any) -> None:
     tensors = load_file(file)
     change(tensors)
     save_file(tensors, file)
+    settings = json.loads((folder / "adapter_config.json").read_text())
+    settings.pop("tensors_sha256", None)  # as one must who changes the file on purpose
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
 
 
 OPTIONS: dict[str, dict[str, Any]] = {
