@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import small
 
 from loratlas.catalog import systems
 from loratlas.cli import app
+from loratlas.commands.try_ import _lines
 
-COMMANDS = ("methods", "train", "compare", "export", "inspect")
+COMMANDS = ("methods", "train", "compare", "try", "export", "inspect")
 
 
 def call(*words: str) -> tuple[int, str, str]:
@@ -69,6 +71,91 @@ def test_help_and_methods_load_neither_torch_nor_transformers() -> None:
     assert {"slug", "name", "paper", "year", "kind", "status", "exports", "summary"} <= set(rows[0])
 
 
+def test_a_recipe_that_cannot_run_is_refused_without_torch(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("method: srlora\nmodel: demo\nstepz: 3\nbatch_size: x\n")
+    script = (
+        "import sys, loratlas_command\n"
+        f"sys.argv = ['loratlas', 'train', {str(bad)!r}]\n"
+        "try:\n    loratlas_command.main()\n"
+        "except SystemExit as end:\n    assert end.code == 2\n"
+        "assert not {'torch', 'transformers', 'peft', 'datasets'} & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, *lines = done.stderr.splitlines()
+    assert first == "error: 3 mistakes:"
+    assert [line.split(": ")[0].strip() for line in lines] == [f"{bad}, line 3", f"{bad}, line 4", str(bad)]
+
+
+def test_init_writes_a_recipe_and_never_over_another(tmp_path: Path) -> None:
+    code, printed, _ = call("init", "srlora")
+    assert code == 0
+    assert "method: srlora" in printed
+    file = tmp_path / "s.yaml"
+    code, text, _ = call("init", "srlora", "--out", str(file))
+    assert text == f"Recipe: {file}\nRun it: loratlas train {file}\n"
+    body = file.read_text()
+    assert body[body.index("method:") :] == printed[printed.index("method:") :]
+    file.write_text("mine")
+    code, _, error = call("init", "lora", "--out", str(file))
+    assert code == 2
+    assert f"{file} exists already" in error
+    assert file.read_text() == "mine"
+    assert call("init", "lora", "--out", str(file), "--overwrite")[0] == 0
+    assert "method: lora" in file.read_text()
+
+
+def test_a_recipe_runs_and_the_command_line_comes_before_it(work: list[str], tmp_path: Path) -> None:
+    file = tmp_path / "lora.yaml"
+    assert call("init", "lora", "--out", str(file))[0] == 0
+    words = ["--model", work[1], "--data", work[3], "--steps", "2", "--set", "r=3", "--out", str(tmp_path / "run")]
+    code, _, error = call("train", str(file), *words)
+    assert code == 0
+    assert "13 modules adapted, scaling s = 2.66667, " in error
+    assert "an exact LoRA export will have rank 3 (vLLM: --max-lora-rank 8)" in error
+    code, text, _ = call("train", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again"), "--json")
+    result = json.loads(text)
+    assert (result["steps"], result["options"]["r"], result["batch_size"]) == (2, 3, 32)
+    files = [tmp_path / name / "adapter" / "adapter_model.safetensors" for name in ("run", "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_the_options_of_train_have_the_defaults_of_a_recipe() -> None:
+    import dataclasses
+    import inspect
+
+    from loratlas.commands import train
+    from loratlas.train.recipe import Recipe
+
+    names = {"accumulation": "gradient_accumulation", "text_column": "text_columns"}
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    shared = {names.get(name, name): p.default for name, p in inspect.signature(train.train).parameters.items()}
+    for name in set(defaults) & set(shared) - {"method", "model", "data"}:
+        assert (defaults[name] or None) == (shared[name] or None), name
+    assert set(defaults) - set(shared) == {"warmup", "weight_decay", "max_grad_norm", "options"}
+
+
+def test_try_answers_arguments_and_pipes(trained: Path) -> None:
+    code, text, _ = call("try", str(trained), "a good film", "a bad\tbook")
+    assert code == 0
+    first, base, adapted, second, *_ = text.splitlines()
+    assert (first, second) == ("a good film", "a bad  |  book")
+    assert base.startswith("  base     ")
+    assert adapted.startswith("  adapted  ")
+    assert adapted.count("%") == 2
+    result = CliRunner().invoke(app, ["try", str(trained), "--json"], input="a good film\n\na bad\tbook\n")
+    rows = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [row["text"] for row in rows] == ["a good film", ["a bad", "book"]]
+    assert rows[0]["adapted"]["label"] in ("yes", "no")
+    assert sum(entry["probability"] for entry in rows[0]["base"]["top"]) == pytest.approx(1.0)
+
+
+def test_a_dialogue_ends_with_an_empty_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    assert list(_lines(typing=True)) == ["one", "two"]
+
+
 def test_methods_as_a_table() -> None:
     code, text, _ = call("methods", "srlora")
     assert code == 0
@@ -77,6 +164,12 @@ def test_methods_as_a_table() -> None:
     code, text, _ = call("methods", "--kind", "optimizer")
     assert sum(row.kind == "optimizer" for row in systems()) == text.count(" optimizer ")
     assert "peft-lora" in call("methods", "--baselines")[1]
+    assert "2106.09685" in call("methods", "lora")[1]
+    assert "did you mean lora" in call("methods", "lorra")[2]
+    for width in (80, 120):
+        text = CliRunner().invoke(app, ["methods"], env={"COLUMNS": str(width)}).stdout
+        assert max(map(len, text.splitlines())) <= width
+        assert all(system.slug in text for system in systems())
     code, _, error = call("methods", "nothing*")
     assert code == 2
     assert "no method matches 'nothing*'" in error
@@ -169,6 +262,9 @@ MISTAKES = {
     "value out of range": (["train", "srlora", "--demo", "--set", "r_target=2"], "r_target"),
     "no value": (["train", "srlora", "--demo", "--set", "r"], "--set r is not NAME=VALUE"),
     "option of another": (["compare", "lora", "--demo", "--set", "srlora.r=2"], "srlora is not among the methods"),
+    "no recipe": (["train", "absent.yaml"], "there is no file absent.yaml"),
+    "unknown tracker": (["train", "lora", "--demo", "--report-to", "x"], "transformers reports to no 'x'"),
+    "no image or adapter": (["try", "absent", "text"], "there is no directory absent"),
     "resume nowhere": (["train", "srlora", "--demo", "--resume"], "--resume needs --out"),
     "rank of merged": (["export", "x", "--out", "y", "--to", "merged", "--rank", "3"], "merged weights have none"),
     "check of merged": (["export", "x", "--out", "y", "--to", "merged", "--check", "vllm"], "--check is an option of"),

@@ -9,7 +9,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from loratlas import __version__
-from loratlas.commands import compare, export, inspect, methods, train
+from loratlas.commands import compare, export, init, inspect, methods, train, try_
 from loratlas.commands.output import error_console
 from loratlas.commands.quiet import quiet_libraries
 from loratlas.errors import UserError
@@ -35,8 +35,18 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+START = """[bold]Start here[/]
+
+loratlas init srlora --out srlora.yaml
+
+loratlas train srlora.yaml
+
+loratlas try runs/srlora
+"""
+
 app = typer.Typer(
     cls=Commands,
+    epilog=START,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -54,8 +64,10 @@ def about(
 
 
 app.command(epilog=methods.EXAMPLES)(methods.methods)
+app.command(epilog=init.EXAMPLES)(init.init)
 app.command(epilog=train.EXAMPLES)(train.train)
 app.command(epilog=compare.EXAMPLES)(compare.compare)
+app.command("try", epilog=try_.EXAMPLES)(try_.try_)
 app.command(epilog=export.EXAMPLES)(export.export)
 app.command(epilog=inspect.EXAMPLES)(inspect.inspect)
 

@@ -100,9 +100,12 @@ def test_figures_show_what_the_runs_hold() -> None:
     metric = figures.metric_figure(runs, "lora")
     lines = {trace.name: list(trace.y) for trace in metric.data if trace.mode == "lines+markers"}
     assert lines == {"LoRA": pytest.approx([0.275, 0.55]), "SR&lt;b&gt;LoRA": pytest.approx([0.375, 0.75])}
-    heat = figures.recomposition_figure(runs[2]).data[0]
-    assert [list(row) for row in heat.z] == [[2, 0, 0, 1]]
-    assert heat.customdata[0][0] == "step 4: direction 0 to 4<br>step 7: direction 4 to 6"
+    often, when = figures.recomposition_figure(runs[2]).data
+    assert [list(row) for row in often.z] == [[2, 0, 0, 1]]
+    assert often.customdata[0][0] == "a.query, slot 0<br>step 4: direction 0 to 4<br>step 7: direction 4 to 6"
+    # a block of four slots and a gap for each of the steps 4 and 7; the number is the how-manieth time it is
+    assert [list(row) for row in when.z] == [[1, None, None, 1, None, 2, None, None, None, None]]
+    assert when.customdata[0][5] == "a.query, slot 0<br>step 7: direction 4 to 6"
 
 
 def test_nothing_to_report(tmp_path: Path) -> None:

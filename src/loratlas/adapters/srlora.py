@@ -139,6 +139,16 @@ class SRLora(LowRankMethod):
         folded = t.folded
         return None if folded is None else (folded, Factors(t.A, t.B * t.scaling))
 
+    def export_rank(self, t: View, total_steps: int) -> int | None:
+        """Two ranks for every live pair and every pair that retires, those of the events to come included."""
+        plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
+        events = max(0, min(plan.events, (total - 1) // plan.interval) - int(t.events)) if plan.events else 0
+        spare = t.RA.shape[0]
+        pairs_to_come = plan.per_event * events
+        if t.cfg.exhaustion == "stop":
+            pairs_to_come = min(pairs_to_come, spare)
+        return min(2 * t.r + t.HA.shape[0] + 2 * pairs_to_come, *t.op.shape)
+
     # -------------------------------------------------------------------------------------------------- training
 
     def plan(self, t: View, total_steps: int) -> Plan:

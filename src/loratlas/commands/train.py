@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,20 +14,30 @@ from loratlas.commands.output import console, error_console, print_json
 from loratlas.errors import UserError
 
 if TYPE_CHECKING:
+    from loratlas.train.recipe import Recipe
     from loratlas.train.results import RunResult
 
 EXAMPLES = """[bold]Examples[/]
 
 loratlas train srlora --demo
 
-loratlas train srlora --model FacebookAI/roberta-base --data glue:sst2 --steps 2000 --set r=16
+loratlas init srlora --out srlora.yaml; loratlas train srlora.yaml --steps 500
 
-loratlas train lora --model my/model --data reviews.csv --label-column stars --task regression
+loratlas train srlora --model FacebookAI/roberta-base --data glue:sst2
+
+loratlas train lora --model my/model --data stars.csv --task regression
 """
 
 
 def train(
-    method: Annotated[str, typer.Argument(help="A slug of `loratlas methods`, or lora, pissa, peft-lora.")],
+    ctx: typer.Context,
+    method: Annotated[
+        str,
+        typer.Argument(
+            metavar="METHOD",
+            help="A slug of `loratlas methods`, or lora, pissa, peft-lora; or a recipe of `loratlas init` (.yaml).",
+        ),
+    ],
     demo: options.Demo = False,
     model: options.Model = None,
     settings: options.Set = None,
@@ -47,57 +57,34 @@ def train(
     eval_every: options.EvalEvery = None,
     calibrate_steps: options.CalibrateSteps = 8,
     bf16: options.Bf16 = False,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of everything random.")] = 0,
-    save_every: Annotated[int | None, typer.Option(min=1, help="Steps between checkpoints to resume from.")] = None,
+    seed: options.Seed = 0,
+    save_every: options.SaveEvery = None,
+    report_to: options.ReportTo = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in --out.")] = False,
     out: options.Out = None,
     overwrite: options.Overwrite = False,
     as_json: options.AsJson = False,
 ) -> None:
-    """Fine-tune a model with one method. Writes the adapter (for PEFT) and result.json."""
+    """Fine-tune a model with one method.
+
+    Writes the adapter (for PEFT), result.json and config.yaml, the recipe.
+    """
+    if resume and out is None:
+        raise UserError("--resume needs --out: the directory of the run to go on with.")
+    recipe = _recipe(method, options.typed(ctx), settings, demo=demo)
     with error_console().status("reading model and data"):
         from loratlas.train.console import ConsoleProgress
-        from loratlas.train.methods import check_options, trainable
-        from loratlas.train.run import ADAPTER, RunSpec, prepare_output, run
+        from loratlas.train.reporters import check_reporters
+        from loratlas.train.run import ADAPTER, prepare_output, run
         from loratlas.train.stop import Stop, Stopped
 
-        shared, own = options.parse_settings(settings, [method])
-        chosen = {**shared, **own.get(method, {})}
-        check_options(trainable(method), chosen)
-        if resume and out is None:
-            raise UserError("--resume needs --out: the directory of the run to go on with.")
-        directory = options.output_directory(out, method)
-        work = options.read_work(
-            demo=demo,
-            model=model,
-            data=data,
-            test=test,
-            task=task,
-            text_columns=text_column,
-            label_column=label_column,
-            metric=metric,
-            max_length=max_length,
-            limit=limit,
-        )
+        check_reporters(recipe.report_to)
+        directory = options.output_directory(out, recipe.method)
+        work = recipe.work()
         loaded = work.load()
         if not resume:
             prepare_output(directory, overwrite=overwrite)
-    spec = RunSpec(
-        method=method,
-        model=work.base,
-        output_dir=str(directory),
-        options=chosen,
-        steps=steps,
-        batch_size=batch_size,
-        gradient_accumulation=accumulation,
-        learning_rate=learning_rate,
-        lr_scheduler=lr_scheduler,
-        eval_every=eval_every,
-        calibrate_steps=calibrate_steps,
-        bf16=bf16,
-        seed=seed,
-        save_every=save_every,
-    )
+    spec = recipe.spec(str(directory), work.base)
     error_console().print(loaded.description, markup=False)
     try:
         with ConsoleProgress(error_console()) as progress, Stop() as stop:
@@ -126,6 +113,21 @@ def _go_on(arguments: list[str], directory: Path) -> str:
     return shlex.join(["loratlas", *kept, "--resume"])
 
 
+def _recipe(method: str, typed: dict[str, Any], settings: list[str] | None, *, demo: bool) -> Recipe:
+    """The recipe of a file or of the command line alone; what was typed comes before what the file says."""
+    from loratlas.train.recipe import DEMO
+    from loratlas.train.recipe_check import make
+    from loratlas.train.recipe_file import SUFFIXES, read_recipe
+
+    shared, own = options.parse_settings(settings, [method])
+    chosen = {**shared, **own.get(method, {})}
+    values = {**({"model": DEMO, "data": DEMO} if demo else {}), **typed, **({"options": chosen} if chosen else {})}
+    if method.endswith(SUFFIXES):
+        return read_recipe(method, values)
+    options.require_work(values.get("model"), values.get("data"))
+    return make({**values, "method": method})
+
+
 def _summary(result: RunResult) -> str:
     share = result.trainable_parameters / result.total_parameters
     return (
@@ -133,5 +135,6 @@ def _summary(result: RunResult) -> str:
         f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}), "
         f"{1000 * result.step_seconds:.0f} ms a step.\n"
         f"Adapter: {result.adapter_dir}\n"
+        f"Try it:  loratlas try {result.adapter_dir}\n"
         f"Ship it: loratlas export {result.adapter_dir} --to lora --out {result.adapter_dir}-lora"
     )

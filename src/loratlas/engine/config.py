@@ -80,7 +80,8 @@ class AtlasConfig(PeftConfig):
 
     def _require(self, holds: bool, name: str, what: str) -> None:
         if not holds:
-            raise UserError(f"{type(self).__name__}: {name} must be {what}, but it is {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            raise UserError(f"{type(self).__name__}: {name} must be {what}, but it is {value!r}.", field=name)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         # PEFT sets inference_mode while it saves a model with its tensors, and only then: a config saved alone must

@@ -158,6 +158,13 @@ class Method:
         """W' for the (out, in) weight W in fp32 or fp64."""
         return weight + self.delta_weight(t).to(weight.dtype)
 
+    def export_rank(self, t: View, total_steps: int) -> int | None:
+        """Largest rank that an exact plain LoRA of this layer can need after `total_steps` optimizer steps.
+
+        None where there is no LoRA form. An additive method of no known rank can need all of min(out, in).
+        """
+        return min(t.op.shape) if self.additive else None
+
     # Called by `lifecycle` once an optimizer step with gradients complete (accumulated, all-reduced, unscaled), for
     # all layers at once so that a method can batch its arithmetic (torch._foreach_*). Under FSDP2 parameters, gradients
     # and optimizer state are sharded here, buffers are not: read with `sharded.whole` or `sharded.gather`, write with
@@ -207,6 +214,10 @@ class LowRankMethod(Method):
         Must equal W plus `factors`; saves the forward the frozen part of the update.
         """
         return None
+
+    def export_rank(self, t: View, total_steps: int) -> int | None:
+        with torch.no_grad():
+            return min(self.factors(t).joined()[0].shape[0], *t.op.shape)
 
     def delta(self, t: View, x: Tensor) -> Tensor:
         down, up = self.factors(t).joined()

@@ -35,16 +35,21 @@ def load_adapted(folder: AdapterFolder, base: str | None = None) -> PeftModel:
     Raises:
         UserError: no base model is known or it cannot be loaded, or the adapter does not fit on it.
     """
+    return load_both(folder, base)[0]
+
+
+def load_both(folder: AdapterFolder, base: str | None = None) -> tuple[PeftModel, list[str]]:
+    """As `load_adapted`, and the names of the base model's tensors that its own files do not hold (a new head)."""
     name = base or folder.config.get("base_model_name_or_path")
     if not name:
         raise UserError(f"{folder.directory} does not say its base model: give it with --base.")
     try:
-        model = _load_base(folder, name)
+        model, new = _load_base(folder, name)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the base model {name!r} could not be loaded ({reason}): give another with --base.") from None
     try:
-        return PeftModel.from_pretrained(model, str(folder.directory))
+        return PeftModel.from_pretrained(model, str(folder.directory)), new
     except UserError:
         raise
     except (RuntimeError, ValueError) as error:
@@ -52,13 +57,22 @@ def load_adapted(folder: AdapterFolder, base: str | None = None) -> PeftModel:
         raise UserError(f"the adapter in {folder.directory} does not fit on {name!r}: {reason}") from None
 
 
-def _load_base(folder: AdapterFolder, name: str) -> Any:
+def _load_base(folder: AdapterFolder, name: str) -> tuple[Any, list[str]]:
     config = AutoConfig.from_pretrained(name, revision=folder.config.get("revision"))
     cls = _model_class(folder, config)
     labels = _label_count(folder, cls, config)
     if labels is not None:
         config.num_labels = labels
-    return cls.from_pretrained(name, config=config, revision=folder.config.get("revision"), dtype="auto")
+    model, info = cls.from_pretrained(
+        name,
+        config=config,
+        revision=folder.config.get("revision"),
+        dtype="auto",
+        ignore_mismatched_sizes=labels is not None,  # a head for other labels gives way to the saved one
+        output_loading_info=True,
+    )
+    mismatched = [entry[0] for entry in info["mismatched_keys"]]
+    return model, sorted({*info["missing_keys"], *mismatched})
 
 
 def _model_class(folder: AdapterFolder, config: Any) -> Any:

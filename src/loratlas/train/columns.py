@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datasets import ClassLabel, Dataset, Image, Value
 
 from loratlas.errors import UserError
-from loratlas.train.metrics import METRICS
+from loratlas.train.tasks import METRICS
 
 _LABELS = ("label", "labels", "target", "class", "category", "score", "intent")
 # usual pairs of the literature first, then names of single texts

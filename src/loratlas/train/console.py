@@ -13,6 +13,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from loratlas.train.facts import Facts
 from loratlas.train.progress import Progress
 from loratlas.train.results import Comparison, RunResult
 from loratlas.train.wording import headings, ranked, row_cells
@@ -45,6 +46,10 @@ class ConsoleProgress(Progress):
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bars.stop()
+
+    def prepared(self, known: Facts) -> None:
+        for sentence in known.sentences():
+            self._console.print(sentence, markup=False)
 
     def started(self, label: str, steps: int) -> None:
         self._label = label

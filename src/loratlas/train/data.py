@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 
@@ -12,10 +12,12 @@ from loratlas.errors import UserError
 from loratlas.train import encode
 from loratlas.train.columns import Columns, find_columns
 from loratlas.train.labels import Labels, encode_labels
-from loratlas.train.metrics import LOWER_IS_BETTER, MEASURES, METRICS, Measure
+from loratlas.train.metrics import MEASURES, Measure
 from loratlas.train.tables import Tables
+from loratlas.train.tasks import LOWER_IS_BETTER, METRICS
 
-TASKS = tuple(METRICS)
+if TYPE_CHECKING:
+    from loratlas.train.work import Work
 
 
 @dataclass
@@ -23,7 +25,7 @@ class TaskData:
     """A task as the Trainer takes it.
 
     Attributes:
-        task: one of `TASKS`.
+        task: one of `tasks.TASKS`.
         train, test: encoded rows.
         collator: joins rows to a batch.
         metric: name of the headline metric.
@@ -31,6 +33,7 @@ class TaskData:
         description: one line for people.
         processor: the tokenizer or image processor.
         preprocess_logits: what Trainer keeps of a batch's logits, None for all.
+        work: the names by which all this can be loaded again; None if it was made in Python.
     """
 
     task: str
@@ -42,6 +45,7 @@ class TaskData:
     processor: Any
     labels: list[str] | None = None
     preprocess_logits: Callable[..., Any] | None = None
+    work: Work | None = None
     measure: Measure = field(init=False)
     greater_is_better: bool = field(init=False)
 
@@ -71,7 +75,7 @@ def load_task(
         tables: rows from `tables.read_tables` or `demo.docstrings`.
         model: hub id or path; its tokenizer or image processor is used.
         name: what to call the data in descriptions and errors.
-        task: one of `TASKS`; None reads it off the columns: an image column means image-classification, a label
+        task: one of `tasks.TASKS`; None reads it off the columns: an image column means image-classification, a label
             column text-classification (regression if it holds floats), neither causal-lm.
         text_columns: one text column, or two for sentence pairs; None finds them by name and type.
         label_column: None finds it by name.

@@ -19,6 +19,7 @@ from loratlas.errors import UserError
 from loratlas.train.tables import Tables
 
 NAME = "docstrings of the standard library"
+HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"  # the hub's name of the model
 MAX_LENGTH = 48  # tokens; most docstrings say what they are about in their first sentence
 _CHARACTERS = 400
 _LEAST = 50  # a class needs that many texts

@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 # Okabe and Ito's palette, made to be told apart with any colour vision; yellow is left out: unreadable on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+_ON_COLOR = ("#fff", "#fff", "#fff", "#111", "#111", "#111", "#fff")  # text on bars of that colour
 _DASHES = ("solid", "dash", "dot", "dashdot")  # more methods than colours: the dash tells them apart
 
 Run = dict[str, Any]
@@ -83,6 +84,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
             y=fmean(finals),
             line={"dash": "dot", "width": 1, "color": "#888"},
             annotation={"text": f"{html.escape(baseline)}, final", "font": {"color": "#888"}},
+            annotation_position="top left",  # where the curves seldom are at that height
         )
     return _styled(figure, "step", html.escape(metric))
 
@@ -92,8 +94,8 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
     groups = method_groups(runs)
     columns: tuple[tuple[str, Callable[[Run], float]], ...] = (
         (html.escape(str(runs[0]["metric"])), lambda run: run["final"]),
-        ("trainable parameters", lambda run: run["trainable_parameters"]),
-        ("step time, ms", lambda run: 1000.0 * run["step_seconds"]),
+        ("parameters", lambda run: run["trainable_parameters"]),
+        ("ms a step", lambda run: 1000.0 * run["step_seconds"]),
     )
     figure = make_subplots(rows=1, cols=3, subplot_titles=[title for title, _ in columns], shared_yaxes=True)
     for place, (_, value) in enumerate(columns, start=1):
@@ -107,42 +109,81 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
             text=[f"{mean:,.0f}" if mean >= 1000 else f"{mean:.4g}" for mean in means],
             error_x=_spread(values, means),
             textposition="auto",
+            insidetextanchor="start",  # the other end is where the error bars are
+            insidetextfont={"color": [_ON_COLOR[index % len(_PALETTE)] for index in range(len(groups))]},
             hoverinfo="skip",
             showlegend=False,
             row=1,
             col=place,
         )
     figure.update_yaxes(autorange="reversed")
+    figure.update_xaxes(tickangle=0, nticks=4)
     return _styled(figure, None, None, height=110 + 44 * len(groups))
 
 
 def recomposition_figure(run: Run) -> go.Figure:
-    """Heat map of one run's `events`: how often each slot (column) of each layer (row) was recomposed."""
-    events = run["events"]
-    layers = list(dict.fromkeys(event["layer"] for event in events))
-    width = 1 + max(slot for event in events for slot in event["slots"])
-    told: list[list[list[str]]] = [[[] for _ in range(width)] for _ in layers]
+    """Two heat maps of one run's `events`, a row a layer: how often each slot was recomposed, and at which step."""
+    events = sorted(run["events"], key=lambda event: event["step"])
+    layers = list(dict.fromkeys(event["layer"] for event in run["events"]))
+    steps = list(dict.fromkeys(event["step"] for event in events))
+    slots = range(1 + max(slot for event in events for slot in event["slots"]))
+    told: dict[tuple[str, int], list[str]] = {(layer, slot): [] for layer in layers for slot in slots}
+    moments: dict[tuple[str, int, int], tuple[int, str]] = {}
     for event in events:
-        row = told[layers.index(event["layer"])]
         for slot, old, new in zip(event["slots"], event["old_dirs"], event["new_dirs"], strict=True):
-            row[slot].append(f"step {event['step']}: direction {old} to {new}")
-    figure = go.Figure(
-        go.Heatmap(
-            x=[str(slot) for slot in range(width)],
-            y=[html.escape(layer) for layer in layers],
-            z=[[len(lines) for lines in row] for row in told],
-            customdata=[["<br>".join(lines) or "never recomposed" for lines in row] for row in told],
-            hovertemplate="%{y}, slot %{x}<br>%{customdata}<extra></extra>",
-            colorscale="Viridis",
-            zmin=0,
-            xgap=2,
-            ygap=2,
-            colorbar={"title": {"text": "times"}, "thickness": 12, "tickformat": "d", "dtick": 1},
-        )
+            lines = told[event["layer"], slot]
+            lines.append(f"step {event['step']}: direction {old} to {new}")
+            moments[event["layer"], event["step"], slot] = len(lines), f"slot {slot}<br>{lines[-1]}"
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.03, column_widths=[0.35, 0.65])
+    often = [
+        [(len(told[layer, slot]), f"slot {slot}<br>{'<br>'.join(told[layer, slot])}") for slot in slots]
+        for layer in layers
+    ]
+    figure.add_trace(_heat(layers, often), row=1, col=1)
+    # one column a slot for every step, and an empty one between the steps
+    columns = [(step, slot) for step in steps for slot in (*slots, -1)]
+    when = [[moments.get((layer, *column), (None, "")) for column in columns] for layer in layers]
+    figure.add_trace(_heat(layers, when), row=1, col=2)
+    _styled(figure, None, None, height=150 + 22 * len(layers))
+    bar = {"title": {"text": "times"}, "thickness": 12, "tickformat": "d", "dtick": 1}
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, showgrid=False, tickmode="array")
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=_without_common_start(layers))
+    figure.update_yaxes(ticks="", col=2)
+    figure.update_xaxes(showgrid=False, tickangle=0, tickmode="array")
+    figure.update_xaxes(title_text="slot", **_ticks(list(slots), 1, 0), col=1)
+    figure.update_xaxes(title_text="step", **_ticks(steps, len(slots) + 1, len(slots) // 2), col=2)
+    return figure
+
+
+def _heat(layers: Sequence[str], cells: Sequence[Sequence[tuple[int | None, str]]]) -> go.Heatmap:
+    """A row a layer; each cell has its number, None for none, and what it says when pointed at."""
+    return go.Heatmap(
+        z=[[number for number, _ in row] for row in cells],
+        customdata=[
+            [f"{html.escape(layer)}, {text}" for _, text in row] for layer, row in zip(layers, cells, strict=True)
+        ],
+        hovertemplate="%{customdata}<extra></extra>",
+        hoverongaps=False,
+        coloraxis="coloraxis",
+        xgap=1,
+        ygap=1,
     )
-    figure.update_yaxes(autorange="reversed", type="category")
-    figure.update_xaxes(type="category")
-    return _styled(figure, "slot", None, height=140 + 22 * len(layers))
+
+
+def _ticks(labels: Sequence[int], distance: int, first: int) -> dict[str, Any]:
+    """At most a dozen of the labels, the one at position i standing at first + i * distance."""
+    every = -(-len(labels) // 12)
+    shown = range(0, len(labels), every)
+    return {"tickvals": [first + i * distance for i in shown], "ticktext": [str(labels[i]) for i in shown]}
+
+
+def _without_common_start(names: Sequence[str]) -> list[str]:
+    """The dotted names without the parts that they all begin with, for HTML."""
+    parts = [name.split(".") for name in names]
+    first, last = min(parts), max(parts)  # what these two share, all share
+    same = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), 0)
+    return [html.escape(".".join(each[same:])) for each in parts]
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
@@ -187,10 +228,11 @@ def _styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) 
     figure.update_layout(
         template="none",
         height=height,
-        margin={"l": 64, "r": 16, "t": 40, "b": 52},
+        margin={"l": 64, "r": 36, "t": 40, "b": 52},
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         font={"family": "system-ui, sans-serif", "size": 13},
+        modebar={"orientation": "v", "bgcolor": "rgba(0,0,0,0)"},
         hovermode="x unified" if y else "closest",
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )

@@ -48,13 +48,6 @@ MEASURES: dict[str, Measure] = {
     "regression": regression,
     "causal-lm": perplexity,
 }
-METRICS: dict[str, tuple[str, ...]] = {  # the first is the headline unless another is asked for
-    "text-classification": ("accuracy", "f1", "matthews"),
-    "image-classification": ("accuracy", "f1", "matthews"),
-    "regression": ("pearson", "spearman", "mse"),
-    "causal-lm": ("perplexity", "nll"),
-}
-LOWER_IS_BETTER = {"mse", "perplexity", "nll"}
 
 
 def _logits(prediction: EvalPrediction) -> np.ndarray:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from loratlas.train.facts import Facts
 from loratlas.train.results import RunResult
 
 
 class Progress:
-    """Called in this order for each run: started, any of step and evaluated, finished."""
+    """Called in this order for each run: prepared, started, any of step and evaluated, finished."""
+
+    def prepared(self, known: Facts) -> None:
+        """The model is adapted and about to be trained."""
 
     def started(self, label: str, steps: int) -> None:
         """A run of `steps` optimizer steps begins."""

@@ -15,6 +15,8 @@ from loratlas.files import write_text
 from loratlas.train.wording import headings, ranked, row_cells
 
 Run = dict[str, Any]
+# with this the browser itself refuses whatever is not in the page
+_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
 def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], command: str = "") -> Path:
@@ -57,7 +59,7 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
             full_html=False,
             include_plotlyjs=index == 0,
             default_height=f"{figure.layout.height}px",
-            config={"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["select2d", "lasso2d"]},
+            config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]},
         )
         blocks.append(_section(title, f'<p class="hint">{_text(hint)}</p><figure>{plot}</figure>'))
     return write_text(path, _page(comparison, labels, colors, blocks, command))
@@ -77,6 +79,7 @@ def _page(
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{_text(title)}</title>
 <style>{_resource("report.css")}</style>
@@ -131,8 +134,9 @@ def _recompositions(runs: Sequence[Run], draw: Any) -> list[tuple[str, str, Any]
         if run.get("events"):
             shown.setdefault(run["label"], run)
     hint = (
-        "How often each pair (slot) of a layer was fused into the frozen part and started again on a new direction "
-        "of W; point at a field for the steps."
+        "Pairs (slots) that were fused into the frozen part and started again on a new direction of W: left how often "
+        "in all, right which of them at which step, coloured by how often it was by then. Point at a field for the "
+        "directions."
     )
     return [(f"Recomposed pairs: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
 

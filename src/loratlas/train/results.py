@@ -26,6 +26,8 @@ class RunResult:
         events: recompositions of the adapter (see `analysis.recomposition`), empty for most methods.
         diverged_at: step whose loss or gradient was not finite, None if all went well.
         adapter_dir: the trained adapter, as PEFT saves it.
+        adapted_modules, scaling, export_rank: see `facts.Facts`.
+        labels: names of the classes, None for tasks without.
     """
 
     method: str
@@ -51,6 +53,10 @@ class RunResult:
     setup_seconds: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
     diverged_at: int | None = None
+    adapted_modules: int = 0
+    scaling: tuple[float, float] | None = None
+    export_rank: int | None = None
+    labels: list[str] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +119,7 @@ class Comparison:
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,18 @@ from transformers import TrainingArguments, set_seed
 from loratlas.analysis.recomposition import recompositions
 from loratlas.engine.lifecycle import LifecycleCallback
 from loratlas.errors import UserError
-from loratlas.files import recover, whole_directory, write_json
+from loratlas.files import recover, whole_directory, write_json, write_text
 from loratlas.lock import locked
+from loratlas.train.card import model_card
 from loratlas.train.complete import newest_checkpoint
 from loratlas.train.data import TaskData
+from loratlas.train.facts import facts
 from loratlas.train.memory import PeakMemory
-from loratlas.train.methods import FALLBACK_LR, build_config, trainable
+from loratlas.train.methods import FALLBACK_LR, build_config, option_values, trainable
 from loratlas.train.models import load_model
 from loratlas.train.progress import Progress
+from loratlas.train.recipe_file import write_config
+from loratlas.train.reporters import check_reporters
 from loratlas.train.results import RunResult
 from loratlas.train.same_run import same_run
 from loratlas.train.setup import calibrate_for_run
@@ -32,6 +36,7 @@ from loratlas.train.stop import Stop
 from loratlas.train.watch import Diverged, Watch, WatchedTrainer
 
 RESULT, ADAPTER, CHECKPOINTS = "result.json", "adapter", "checkpoints"
+TASK = "task.json"  # beside the adapter: which task it answers, and the names of its classes
 
 
 @dataclass
@@ -48,6 +53,7 @@ class RunSpec:
         warmup: share of the steps in which the learning rate rises.
         save_every: steps between checkpoints to resume from, None for none.
         calibrate_steps: batches to look at before training, for methods whose start follows the data.
+        report_to: integrations of transformers' Trainer that log the run as well, such as "tensorboard".
     """
 
     method: str
@@ -66,6 +72,7 @@ class RunSpec:
     eval_every: int | None = None
     save_every: int | None = None
     calibrate_steps: int = 8
+    report_to: tuple[str, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -89,7 +96,9 @@ def run(
     resume: bool = False,
     stop: Stop | None = None,
 ) -> RunResult:
-    """Train, evaluate, save the adapter and write result.json.
+    """Train, evaluate, save the adapter with a model card, and write result.json.
+
+    Data with names (`TaskData.work`) also get config.yaml, the recipe of the run with every default written out.
 
     The seed fixes the head's start, the adapter's start, the order of the data and dropout, so runs of several methods
     with one seed differ in nothing but the method. A loss or gradient that is not finite ends the run before its step:
@@ -114,10 +123,12 @@ def run(
 
 def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | None, stop: Stop | None) -> RunResult:
     system = trainable(spec.method)
+    check_reporters(spec.report_to)
     set_seed(spec.seed)
     model = load_model(spec.model, task)
     rate = spec.learning_rate or system.lr or FALLBACK_LR
     config = build_config(system, task.task, model, spec.options)
+    options = option_values(system, config)  # before PEFT writes module names into it
     memory, began = PeakMemory(), time.perf_counter()
     calibrate_for_run(model, config, task, _arguments(spec, task, rate), spec.calibrate_steps)
     set_seed(spec.seed)
@@ -139,8 +150,11 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[LifecycleCallback()],
     )
-    identity = same_run(spec, task, rate)
+    identity = same_run(replace(spec, options=options), task, rate)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
+    known = facts(adapted, spec.steps)
+    write_config(spec, task, rate, options)
+    progress.prepared(known)
     progress.started(system.name, spec.steps)
     began, diverged = time.perf_counter(), None
     try:
@@ -154,7 +168,6 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         evals = _evaluations(trainer)
     _drop_empty(Path(spec.output_dir) / CHECKPOINTS)
     adapter_dir = _save(adapted, task, Path(spec.output_dir) / ADAPTER)
-    trainable_parameters, total_parameters = adapted.get_nb_trainable_parameters()
     result = RunResult(
         method=spec.method,
         label=system.name,
@@ -170,8 +183,8 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         final=evals[-1][task.metric],
         history=[_without(row, "epoch") for row in trainer.state.log_history if "loss" in row],
         evals=evals,
-        trainable_parameters=trainable_parameters,
-        total_parameters=total_parameters,
+        trainable_parameters=known.trainable_parameters,
+        total_parameters=known.total_parameters,
         step_seconds=watch.step_seconds,
         seconds=seconds,
         setup_seconds=setup_seconds,
@@ -179,7 +192,12 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         adapter_dir=str(adapter_dir),
         events=recompositions(adapter_dir),
         diverged_at=diverged,
+        adapted_modules=known.modules,
+        scaling=known.scaling,
+        export_rank=known.export_rank,
+        labels=task.labels,
     )
+    write_text(adapter_dir / "README.md", model_card(result, system, task))
     write_json(Path(spec.output_dir) / RESULT, result.to_dict())
     progress.finished(result)
     return result
@@ -221,7 +239,8 @@ def _arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingArguments:
         save_steps=spec.save_every or spec.steps,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would hide what `watch` looks for
-        report_to="none",
+        report_to=list(spec.report_to) or "none",
+        run_name=Path(spec.output_dir).name,
         disable_tqdm=True,
         seed=spec.seed,
         data_seed=spec.seed,
@@ -252,6 +271,7 @@ def _save(model: PeftModel, task: TaskData, directory: Path) -> Path:
     with whole_directory(directory) as folder:
         model.save_pretrained(str(folder))
         task.processor.save_pretrained(str(folder))
+        write_json(folder / TASK, {"task": task.task, "labels": task.labels})
     return directory
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loratlas.train.run import RunSpec
 
 _SAMPLE = 64
-_FREE = ("output_dir", "save_every")  # what may change without changing a single step
+_FREE = ("output_dir", "save_every", "report_to")  # what may change without changing a single step
 
 
 @dataclass(frozen=True)

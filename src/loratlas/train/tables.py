@@ -32,6 +32,12 @@ class Tables(NamedTuple):
     test: Dataset
     split: str
 
+    def limited(self, limit: int | None, seed: int = 0) -> Tables:
+        """At most `limit` rows of each part, chosen with `seed`; None means all."""
+        if limit is None:
+            return self
+        return Tables(_first(self.train, limit, seed), _first(self.test, limit, seed), self.split)
+
 
 def read_tables(data: str, test: str | None = None, limit: int | None = None, seed: int = 0) -> Tables:
     """Read `data`: a file, a folder, or a dataset of the hub ("name" or "name:config").
@@ -67,7 +73,7 @@ def read_tables(data: str, test: str | None = None, limit: int | None = None, se
     for name, rows in (("training", train), ("test", held)):
         if len(rows) == 0:
             raise UserError(f"{data} has no {name} rows.")
-    return Tables(_limited(train, limit, seed), _limited(held, limit, seed), split)
+    return Tables(train, held, split).limited(limit, seed)
 
 
 def _test_rows(data: str, parts: dict[str, Dataset], test: str | None) -> tuple[Dataset | None, str]:
@@ -81,8 +87,8 @@ def _test_rows(data: str, parts: dict[str, Dataset], test: str | None) -> tuple[
     raise UserError(f"the test data {test!r} is neither a file nor a split of {data} (it has {', '.join(parts)}).")
 
 
-def _limited(rows: Dataset, limit: int | None, seed: int) -> Dataset:
-    return rows if limit is None or limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
+def _first(rows: Dataset, limit: int, seed: int) -> Dataset:
+    return rows if limit >= len(rows) else rows.shuffle(seed=seed).select(range(limit))
 
 
 def _read_file(path: Path) -> Dataset:

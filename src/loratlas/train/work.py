@@ -34,21 +34,27 @@ class Work:
         """Hub id or path of the base model."""
         return self.model or demo.demo_model()
 
+    @property
+    def length(self) -> int:
+        """Longest text in tokens."""
+        return self.max_length or (demo.MAX_LENGTH if self.data is None else 128)
+
     def load(self) -> TaskData:
         """Read and encode the data.
 
         Raises:
             UserError: data that `read_tables` or `load_task` refuses.
         """
-        own = self.data is not None
-        tables = read_tables(self.data, self.test, self.limit) if self.data is not None else demo.docstrings()
-        return load_task(
-            tables,
+        tables = read_tables(self.data, self.test) if self.data is not None else demo.docstrings()
+        task = load_task(
+            tables.limited(self.limit),
             self.base,
             name=self.data or demo.NAME,
             task=self.task,
             text_columns=list(self.text_columns),
             label_column=self.label_column,
             metric=self.metric,
-            max_length=self.max_length or (128 if own else demo.MAX_LENGTH),
+            max_length=self.length,
         )
+        task.work = self
+        return task

@@ -1,0 +1,126 @@
+"""The model card of a trained adapter: the README.md that the hub shows, in place of PEFT's empty form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCardData
+
+from loratlas.train import demo
+
+if TYPE_CHECKING:
+    from loratlas.catalog import System
+    from loratlas.train.data import TaskData
+    from loratlas.train.results import RunResult
+
+_PIPELINES = {
+    "text-classification": "text-classification",
+    "image-classification": "image-classification",
+    "causal-lm": "text-generation",
+}
+_CLASSES = {
+    "text-classification": "AutoModelForSequenceClassification",
+    "regression": "AutoModelForSequenceClassification",
+    "image-classification": "AutoModelForImageClassification",
+    "causal-lm": "AutoModelForCausalLM",
+}
+
+
+def model_card(result: RunResult, system: System, task: TaskData) -> str:
+    """Front matter that the hub accepts, then what the adapter is, what it reached, how to load and ship it."""
+    base = _hub_id(result, task)
+    data = _dataset(task)
+    front = ModelCardData(
+        base_model=base,
+        library_name="peft",
+        pipeline_tag=_PIPELINES.get(task.task),
+        datasets=[data] if data else None,
+        metrics=[_hub_metric(result.metric)],
+        tags=["peft", "loratlas", result.method],
+    )
+    parts = (_heading(result, system, base), _results(result), _use(result, system, task, base), _training(result))
+    return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
+
+
+def _heading(result: RunResult, system: System, base: str | None) -> str:
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"`{result.model}`"
+    return (
+        f"# {system.name} adapter of {(base or Path(result.model).name)}\n\n"
+        f"{system.summary} Method: [{system.name}, arXiv {system.paper}](https://arxiv.org/abs/{system.paper}).\n\n"
+        f"- Base model: {model}\n"
+        f"- Data: {result.task}\n"
+        f"- Trained: {result.trainable_parameters:,} of {result.total_parameters:,} parameters"
+        + (f"\n- Classes: {_classes(result.labels)}" if result.labels else "")
+    )
+
+
+def _results(result: RunResult) -> str:
+    last = result.evals[-1]
+    measured = {name: value for name, value in last.items() if name not in ("step", "eval_loss")}
+    rows = "\n".join(f"| {name} | {_number(value)} |" for name, value in measured.items())
+    note = (
+        f"\n\nThe run diverged at step {result.diverged_at}; this is the adapter of the step before."
+        if result.diverged_at is not None
+        else ""
+    )
+    return (
+        f"## Results\n\nOn the test rows after step {last['step']:.0f}:\n\n| metric | value |\n|---|---|\n{rows}{note}"
+    )
+
+
+def _use(result: RunResult, system: System, task: TaskData, base: str | None) -> str:
+    labels = f", num_labels={task.num_labels}" if task.task != "causal-lm" else ""
+    ours = system.entry.startswith("loratlas.")
+    cls = _CLASSES[task.task]
+    lines = [
+        *(["import loratlas  # makes the method known to PEFT (pip install loratlas)"] if ours else []),
+        "from peft import PeftModel",
+        f"from transformers import {cls}",
+        "",
+        f'base = {cls}.from_pretrained("{base or result.model}"{labels})',
+        'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
+    ]
+    return "## Use it\n\n```python\n" + "\n".join(lines) + "\n```" + (_ship(result, system) if ours else "")
+
+
+def _ship(result: RunResult, system: System) -> str:
+    command = "loratlas export path/to/this/folder"
+    lines = [f"{command} --to merged --out model    # the whole model"]
+    if result.export_rank is not None and "lora" in system.exports:
+        lines.insert(0, f"{command} --to lora --out lora       # a plain LoRA, exact with rank {result.export_rank}")
+    return "\n\nAn export needs no LoRAtlas:\n\n```bash\n" + "\n".join(lines) + "\n```"
+
+
+def _training(result: RunResult) -> str:
+    options = ", ".join(f"`{name}={value}`" for name, value in result.options.items()) or "the method's defaults"
+    versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
+    return (
+        f"## Training\n\n{result.steps} steps of {result.batch_size} rows, learning rate {result.learning_rate:g}, "
+        f"seed {result.seed}; options: {options}.\n\nVersions: {versions}."
+    )
+
+
+def _hub_id(result: RunResult, task: TaskData) -> str | None:
+    """The hub's name of the base model; None for a folder, which the hub would refuse."""
+    if task.work is not None and task.work.model is None:
+        return demo.HUB_ID
+    return None if Path(result.model).exists() else result.model
+
+
+def _dataset(task: TaskData) -> str | None:
+    name = task.work.data if task.work is not None else None
+    return None if name is None or Path(name).exists() else name.partition(":")[0]
+
+
+def _hub_metric(metric: str) -> str:
+    return {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}.get(metric, metric)
+
+
+def _classes(labels: list[str]) -> str:
+    shown = ", ".join(labels[:12])
+    return shown if len(labels) <= 12 else f"{shown} and {len(labels) - 12} more"
+
+
+def _number(value: Any) -> str:
+    return "-" if value is None else f"{value:.4f}"

@@ -1,0 +1,76 @@
+"""What an adapted model is, in numbers a user should see before hours of training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from loratlas.engine.layer import AtlasLayer
+from loratlas.engine.serving import max_lora_rank
+
+_ADAPTER = "default"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """
+    Attributes:
+        modules: number of adapted modules.
+        scaling: (smallest, largest) effective scaling s over the modules; None for methods without one.
+        export_rank: rank that an exact plain LoRA of the trained adapter will have at most; None without a LoRA form.
+    """
+
+    modules: int
+    scaling: tuple[float, float] | None
+    trainable_parameters: int
+    total_parameters: int
+    export_rank: int | None
+
+    def sentences(self) -> list[str]:
+        """The facts for people."""
+        share = self.trainable_parameters / self.total_parameters
+        scale = "" if self.scaling is None else f", scaling s = {_span(*self.scaling)}"
+        size = (
+            f"{self.modules} modules adapted{scale}, {self.trainable_parameters:,} trainable parameters ({share:.2%})"
+        )
+        if self.export_rank is None:
+            return [size, "this method has no LoRA form: it ships as merged weights"]
+        allowed = max_lora_rank(self.export_rank)
+        server = "more than vLLM serves" if allowed is None else f"vLLM: --max-lora-rank {allowed}"
+        return [size, f"an exact LoRA export will have rank {self.export_rank} ({server})"]
+
+
+def facts(model: PeftModel, total_steps: int) -> Facts:
+    """The facts of `model` for a run of `total_steps` optimizer steps."""
+    layers = list(_layers(model, total_steps))
+    scalings = [scaling for scaling, _ in layers if scaling is not None]
+    ranks = [rank for _, rank in layers]
+    known = [rank for rank in ranks if rank is not None]
+    return Facts(
+        len(layers),
+        (min(scalings), max(scalings)) if scalings else None,
+        *model.get_nb_trainable_parameters(),
+        max(known) if known and len(known) == len(ranks) else None,
+    )
+
+
+def _layers(model: nn.Module, total_steps: int) -> Iterator[tuple[float | None, int | None]]:
+    """(scaling, export rank) of every adapted module, as far as its library tells."""
+    for module in model.modules():
+        if isinstance(module, AtlasLayer) and _ADAPTER in module.adapters():
+            view = module.view(_ADAPTER)
+            yield view.scaling, module.method.export_rank(view, total_steps)
+        elif isinstance(module, LoraLayer) and _ADAPTER in module.r:
+            plain = not module.use_dora.get(_ADAPTER, False)
+            yield module.scaling[_ADAPTER], module.r[_ADAPTER] if plain else None
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, AtlasLayer | LoraLayer):
+            yield None, None
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
