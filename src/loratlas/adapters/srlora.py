@@ -136,7 +136,7 @@ class SRLora(LowRankMethod):
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         folded = t.folded
-        return None if folded is None else (folded, Factors(t.A, t.B * t.scaling))
+        return None if folded is None else (folded, pairs.without_start(t))
 
     # -------------------------------------------------------------------------------------------------- training
 
