@@ -14,17 +14,25 @@ from toys import adapted, config, inputs, train, view
 from transformers.pytorch_utils import Conv1D
 
 from loratlas import AtlasLoraConfig
+from loratlas.engine import bitmask, fused
 from loratlas.engine.fused import can_fuse, fused_linear
 from loratlas.engine.method import Factors
+from loratlas.errors import UserError
 
 N_IN, N_OUT, RANK, FROZEN = 9, 7, 3, 2
 
 
 class Case:
-    """Random operands; `factors` follow the numbers of live and frozen ranks."""
+    """Random operands of an update with or without a start, a frozen part and a bias."""
 
     def __init__(
-        self, dtype: torch.dtype, *, frozen: bool, bias: bool, factor_dtype: torch.dtype | None = None
+        self,
+        dtype: torch.dtype,
+        *,
+        frozen: bool,
+        bias: bool,
+        start: bool = False,
+        factor_dtype: torch.dtype | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(0)
 
@@ -37,40 +45,42 @@ class Case:
         self.bias = draw(N_OUT).requires_grad_() if bias else None
         self.down, self.up = draw(RANK, N_IN, as_dtype=own).requires_grad_(), draw(N_OUT, RANK, as_dtype=own)
         self.up.requires_grad_()
-        self.frozen = (draw(FROZEN, N_IN, as_dtype=own), draw(N_OUT, FROZEN, as_dtype=own)) if frozen else (None, None)
+        frozen_pair = draw(FROZEN, N_IN, as_dtype=own), draw(N_OUT, FROZEN, as_dtype=own)
+        start_pair = draw(RANK, N_IN, as_dtype=own), draw(N_OUT, RANK, as_dtype=own)
+        self.still = (*(frozen_pair if frozen else (None, None)), *(start_pair if start else (None, None)))
         self.g = draw(2, 4, N_OUT)
 
     def leaves(self) -> list[Tensor]:
         return [t for t in (self.x, self.bias, self.down, self.up) if t is not None]
 
     def fused(self, dropout: float = 0.0) -> Tensor:
-        return fused_linear(self.x, self.weight, self.bias, Factors(self.down, self.up, *self.frozen), dropout)
+        return fused_linear(self.x, self.weight, self.bias, Factors(self.down, self.up, *self.still), dropout)
 
     def plain(self, keep: Tensor | None = None, dropout: float = 0.0) -> Tensor:
         x = self.x if keep is None else self.x * keep / (1 - dropout)
-        down, up = Factors(self.down, self.up, *self.frozen).joined()
+        down, up = Factors(self.down, self.up, *self.still).joined()
         branch = F.linear(F.linear(x, down.to(x.dtype)), up.to(x.dtype))
         return F.linear(self.x, self.weight, self.bias) + branch
 
 
-CASES = [(frozen, bias) for frozen in (False, True) for bias in (False, True)]
+CASES = [(frozen, bias, start) for frozen in (False, True) for bias in (False, True) for start in (False, True)]
 
 
-@pytest.mark.parametrize(("frozen", "bias"), CASES)
+@pytest.mark.parametrize(("frozen", "bias", "start"), CASES)
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_gradcheck(frozen: bool, bias: bool, dropout: float) -> None:
-    case = Case(torch.float64, frozen=frozen, bias=bias)
+def test_gradcheck(frozen: bool, bias: bool, start: bool, dropout: float) -> None:
+    case = Case(torch.float64, frozen=frozen, bias=bias, start=start)
 
     def function(*leaves: Tensor) -> Tensor:
         torch.manual_seed(3)  # the same mask at every evaluation
         x, rest = leaves[0], leaves[1:]
         b, down, up = rest if bias else (None, *rest)
-        return fused_linear(x, case.weight, b, Factors(down, up, *case.frozen), dropout)
+        return fused_linear(x, case.weight, b, Factors(down, up, *case.still), dropout)
 
     assert torch.autograd.gradcheck(function, case.leaves(), eps=1e-6, atol=1e-7, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("frozen", "bias"), CASES)
+@pytest.mark.parametrize(("frozen", "bias", "start"), CASES)
 @pytest.mark.parametrize(
     ("dtype", "factor_dtype", "tolerance"),
     [
@@ -81,9 +91,9 @@ def test_gradcheck(frozen: bool, bias: bool, dropout: float) -> None:
     ],
 )
 def test_equals_the_plain_formula(
-    dtype: torch.dtype, factor_dtype: torch.dtype, tolerance: float, frozen: bool, bias: bool
+    dtype: torch.dtype, factor_dtype: torch.dtype, tolerance: float, frozen: bool, bias: bool, start: bool
 ) -> None:
-    case = Case(dtype, frozen=frozen, bias=bias, factor_dtype=factor_dtype)
+    case = Case(dtype, frozen=frozen, bias=bias, start=start, factor_dtype=factor_dtype)
     y = case.fused()
     assert y.dtype == dtype
     torch.testing.assert_close(y, case.plain(), rtol=tolerance, atol=tolerance * 5)
@@ -95,12 +105,12 @@ def test_equals_the_plain_formula(
 
 
 def test_dropout_uses_one_mask_for_forward_and_backward() -> None:
-    case, p = Case(torch.float64, frozen=True, bias=True), 0.4
+    case, p = Case(torch.float64, frozen=True, bias=True, start=True), 0.4
     torch.manual_seed(3)
     y = case.fused(p)
     torch.manual_seed(3)
-    keep = torch.empty(8, N_IN, dtype=torch.bool).bernoulli_(1 - p).view(2, 4, N_IN)
-    expected = case.plain(keep, p)
+    bits, stays = bitmask.draw(case.x.numel(), p, case.x.device)
+    expected = case.plain(bitmask.unpack(bits, case.x), 1 - stays)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
     ours = torch.autograd.grad(y, case.leaves(), case.g)
     theirs = torch.autograd.grad(expected, case.leaves(), case.g)
@@ -137,11 +147,29 @@ def test_gradients_that_nobody_wants_are_not_made() -> None:
     assert case.up.grad is not None
 
 
-def test_double_backward_is_refused() -> None:
+def test_double_backward_is_refused_in_our_words() -> None:
     case = Case(torch.float64, frozen=False, bias=True)
     (grad,) = torch.autograd.grad(case.fused().square().sum(), [case.down], create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    (plain,) = torch.autograd.grad(case.plain().square().sum(), [case.down])
+    torch.testing.assert_close(grad, plain)  # asking for a graph alone does no harm
+    with pytest.raises(UserError, match=r"no second derivative.*torch\.func"):
         grad.sum().backward()
+
+
+def test_torch_func_gets_the_second_derivative_from_the_plain_formula(caplog: Any, silence: None) -> None:
+    model, x = adapted("pissa", dtype=torch.float64), inputs(dtype=torch.float64)
+    point = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad and "second" in name}
+
+    def loss(values: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, values, (x,)).square().sum()
+
+    hessian = torch.func.hessian(loss)(point)
+    first, step = torch.func.grad(loss)(point), 1e-6
+    (name, value), *_ = point.items()
+    moved = torch.func.grad(loss)({**point, name: value + step})[name]
+    expected = hessian[name][name].flatten(len(value.shape)).sum(-1)
+    torch.testing.assert_close((moved - first[name]) / step, expected, rtol=1e-4, atol=1e-4)
+    assert [record.message.split(":")[0] for record in caplog.records] == ["torch.func transforms the plain formula"]
 
 
 def test_autocast_computes_in_bf16_and_returns_fp32_gradients() -> None:
@@ -222,8 +250,8 @@ def test_bf16_training_keeps_no_copy_of_the_input(dropout: float) -> None:
     saved = Saved([x, *model.parameters(), *model.buffers()])
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         y = model(x)
-    hidden, factors = rows * 2 * rank * 2, 2 * 2 * rank * (width + width) * (2 + 4)
-    mask = rows * width if dropout else 0
+    hidden, factors = rows * rank * 2, 2 * rank * (width + width) * 2
+    mask = rows * width // 8 if dropout else 0
     assert saved.bytes() <= hidden + factors + mask
     assert not any(t.dtype == torch.float32 and t.shape[0] == rows for t in saved.tensors.values())
     y.sum().backward()
@@ -238,6 +266,55 @@ def test_q_k_and_v_share_one_saved_input() -> None:
     with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
         model(x)
     assert sum(t.numel() == x.numel() for t in saved.tensors.values()) == 1
+
+
+@pytest.fixture
+def silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has been said yet."""
+    monkeypatch.setattr(fused, "_SAID", set())
+
+
+def test_torch_compile_takes_the_plain_formula_in_one_graph_and_says_so_once(caplog: Any, silence: None) -> None:
+    x = inputs()
+    for name in ("lora", "srlora"):
+        model = adapted(name, init_weights=False)
+        expected = model(x)
+        torch.testing.assert_close(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
+    said = [record.getMessage() for record in caplog.records if record.name == "loratlas.engine.fused"]
+    assert len(said) == 1
+    assert "torch.compile" in said[0]
+
+
+def test_a_sharded_weight_takes_the_plain_formula_and_says_so_once(caplog: Any, silence: None) -> None:
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        layers = [nn.Linear(4, 4).requires_grad_(False) for _ in range(2)]
+        for layer in layers:
+            layer.weight = nn.Parameter(distribute_tensor(layer.weight, mesh), requires_grad=False)
+        assert not any(can_fuse(layer) for layer in layers)
+    finally:
+        dist.destroy_process_group()
+    assert [record.message.split(":")[0] for record in caplog.records] == ["the weight of a base layer is a DTensor"]
+
+
+def test_kinds_that_the_op_does_not_know_are_no_news(caplog: Any, silence: None) -> None:
+    adapted("lora", "conv2d")(inputs("conv2d"))
+    adapted("lora", "embedding")(inputs("embedding"))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["lora", "srlora"])
+def test_a_wrong_shape_is_an_error_as_without_an_adapter(name: str, caplog: Any, silence: None) -> None:
+    model, x = adapted(name), torch.randn(6, 13)
+    for call in (lambda: model(x), lambda: model.get_base_model()(x)):
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            call()
+    assert not caplog.records
 
 
 def test_what_can_be_fused() -> None:

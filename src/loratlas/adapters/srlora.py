@@ -137,7 +137,7 @@ class SRLora(LowRankMethod):
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         folded = t.folded
-        return None if folded is None else (folded, Factors(t.A, t.B * t.scaling))
+        return None if folded is None else (folded, pairs.without_start(t))
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""

@@ -70,22 +70,38 @@ class View:
 
 
 class Factors(NamedTuple):
-    """A weight update in low-rank form, `delta = up @ down + frozen_up @ frozen_down`, scaling folded in.
+    """A weight update in low-rank form, scaling folded in; F is the frozen part.
 
-    down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in) and
-    frozen_up: (out, f) do not. All in the adapter's dtype.
+        delta = up @ down + F_up @ F_down                             without a start
+        delta = up @ down - start_up @ start_down + F_up @ F_down     with one, evaluated as
+              = [up - start_up, start_up] @ [down; down - start_down] + F_up @ F_down
+
+    down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in), frozen_up:
+    (out, f), start_down: (k, in) and start_up: (out, k) do not. All in the adapter's dtype, in which the differences
+    are taken: in bf16 the difference of two close factors would be noise.
     """
 
     down: Tensor
     up: Tensor
     frozen_down: Tensor | None = None
     frozen_up: Tensor | None = None
+    start_down: Tensor | None = None
+    start_up: Tensor | None = None
+
+    def blocks(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(downs, ups): the update is the sum of up @ down over both lists."""
+        downs, ups = [self.down], [self.up]
+        if self.start_down is not None and self.start_up is not None:
+            downs, ups = [self.down, self.down - self.start_down], [self.up - self.start_up, self.start_up]
+        if self.frozen_down is not None and self.frozen_up is not None:
+            downs.append(self.frozen_down)
+            ups.append(self.frozen_up)
+        return downs, ups
 
     def joined(self) -> tuple[Tensor, Tensor]:
-        """(down, up) of the whole update: (k + f, in) and (out, k + f)."""
-        if self.frozen_down is None or self.frozen_up is None:
-            return self.down, self.up
-        return torch.cat((self.down, self.frozen_down)), torch.cat((self.up, self.frozen_up), dim=1)
+        """(down, up) of the whole update, all blocks beside each other."""
+        downs, ups = self.blocks()
+        return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
 
 
 class Method:

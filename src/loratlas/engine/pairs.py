@@ -13,6 +13,8 @@ Tensors, by name: A (r, in), B (out, r) trainable; A0, B0 their starts; HA (h, i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -45,26 +47,30 @@ def principal_factors(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple
 
 def difference(t: View) -> Factors:
     """The live pairs' update in difference form, s (B A - B* A*); without starts (plain LoRA) s B A."""
-    if t.A0 is None:
-        down, up = t.A, t.B
-    else:
-        if t.A.dtype != t.A0.dtype:
-            raise UserError(
-                f"the adapter's parameters reach the forward in {t.A.dtype} and their starts in {t.A0.dtype}, so that "
-                "nothing is left of their difference: under FSDP2 leave MixedPrecisionPolicy.param_dtype unset "
-                "(mixed_precision: no) and load the base model in bfloat16, which leaves the adapter in float32."
-            )
-        # taken in the adapter's fp32 before any cast: in bf16 the difference of two close factors would be noise
-        down, up = torch.cat((t.A, t.A - t.A0)), torch.cat((t.B - t.B0, t.B0), dim=1)
-    return Factors(down, up if t.scaling == 1.0 else up * t.scaling)
+    if t.A0 is not None and t.A.dtype != t.A0.dtype:
+        raise UserError(
+            f"the adapter's parameters reach the forward in {t.A.dtype} and their starts in {t.A0.dtype}, so that "
+            "nothing is left of their difference: under FSDP2 leave MixedPrecisionPolicy.param_dtype unset "
+            "(mixed_precision: no) and load the base model in bfloat16, which leaves the adapter in float32."
+        )
+    return Factors(t.A, _scaled(t, t.B), start_down=t.A0, start_up=_scaled(t, t.B0))
 
 
 def with_history(t: View) -> Factors:
     """The whole update: live pairs, and as frozen part the retired ones."""
-    down, up, *_ = difference(t)
+    live = difference(t)
     if t.HA.shape[0] == 0:
-        return Factors(down, up)
-    return Factors(down, up, t.HA, t.HB if t.scaling == 1.0 else t.HB * t.scaling)
+        return live
+    return live._replace(frozen_down=t.HA, frozen_up=_scaled(t, t.HB))
+
+
+def without_start(t: View) -> Factors:
+    """s B A alone: what is left of the update once `folded_weight` is the weight."""
+    return Factors(t.A, _scaled(t, t.B))
+
+
+def _scaled(t: View, up: Any) -> Any:
+    return up if t.scaling == 1.0 or up is None else up * t.scaling
 
 
 def retire(t: View, slots: Tensor) -> None:
