@@ -6,6 +6,7 @@ A comment on a line of its own is replaced:
     <!-- baselines -->                      what they are compared with
     <!-- options: module:Class -->          the fields of a configuration, with defaults and help
     <!-- command: name -->                  the arguments and options of a `loratlas` command
+    <!-- results: name -->                  the tables of benchmarks/results/<name>.json
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from loratlas.catalog import System, baselines, systems
 log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
 
 METHODS = Path(__file__).parent / "methods"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 MARKER = re.compile(r"^<!-- (?P<what>[a-z]+)(?:: (?P<of>\S+))? -->$", re.MULTILINE)
 
 
@@ -87,11 +90,29 @@ def command(name: str) -> str:
     return "\n\n".join(f"**{group}**\n\n{_parameters(groups[group])}" for group in order if group in groups)
 
 
+def results(name: str) -> str:
+    """What a benchmark wrote: how and where it was run, its bars and its other tables."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        log.warning("benchmarks/results/%s.json is missing: run benchmarks/%s.py", name, name)
+        return f"Not measured yet: run `python benchmarks/{name}.py`."
+    found = json.loads(file.read_text(encoding="utf-8"))
+    machine, settings = found["machine"], found["settings"]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    about = (
+        f"`{found['command']}`, {found['date']}, {settings['rounds']} rounds, {settings['threads']} thread(s) of "
+        f"{machine['cores']} cores ({machine['cpu']}), load {machine['load_average']:.1f}; {versions}."
+    )
+    tables = [f"**{table['title']}**\n\n{_table(table['head'], table['rows'])}" for table in found["tables"]]
+    return "\n\n".join([about, *tables])
+
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "catalogue": catalogue,
     "baselines": known_baselines,
     "options": options,
     "command": command,
+    "results": results,
 }
 
 
