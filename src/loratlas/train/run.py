@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +150,7 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[LifecycleCallback()],
     )
-    identity = same_run(replace(spec, options=options), task, rate)
+    identity = same_run(spec, task, rate, options)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
     known = facts(adapted, spec.steps)
     write_config(spec, task, rate, options)
