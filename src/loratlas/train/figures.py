@@ -52,8 +52,8 @@ def loss_figure(runs: Sequence[Run]) -> go.Figure:
             line = {"color": color(index), "width": 1}
             figure.add_scatter(x=steps, y=losses, line=line, opacity=0.25, hoverinfo="skip", **_member(label))
         steps, mean, _, _ = _across_seeds(curves)
-        _add_line(figure, index, label, steps, smooth(mean, len(mean) / 20), "lines")
-    return _styled(figure, "step", "training loss")
+        add_line(figure, index, label, steps, smooth(mean, len(mean) / 20), "lines")
+    return styled(figure, "step", "training loss")
 
 
 def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
@@ -76,7 +76,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
                 hoverinfo="skip",
                 **_member(label),
             )
-        _add_line(figure, index, label, steps, mean, "lines+markers")
+        add_line(figure, index, label, steps, mean, "lines+markers")
     finals = [run["final"] for run in runs if run["method"] == baseline and run["final"] is not None]
     if finals:
         figure.add_hline(
@@ -84,7 +84,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
             line={"dash": "dot", "width": 1, "color": "#888"},
             annotation={"text": f"{html.escape(baseline)}, final", "font": {"color": "#888"}},
         )
-    return _styled(figure, "step", html.escape(metric))
+    return styled(figure, "step", html.escape(metric))
 
 
 def cost_figure(runs: Sequence[Run]) -> go.Figure:
@@ -113,7 +113,7 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
             col=place,
         )
     figure.update_yaxes(autorange="reversed")
-    return _styled(figure, None, None, height=110 + 44 * len(groups))
+    return styled(figure, None, None, height=110 + 44 * len(groups))
 
 
 def recomposition_figure(run: Run) -> go.Figure:
@@ -142,7 +142,7 @@ def recomposition_figure(run: Run) -> go.Figure:
     )
     figure.update_yaxes(autorange="reversed", type="category")
     figure.update_xaxes(type="category")
-    return _styled(figure, "slot", None, height=140 + 22 * len(layers))
+    return styled(figure, "slot", None, height=140 + 22 * len(layers))
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
@@ -170,7 +170,7 @@ def _spread(values: Sequence[Sequence[float]], means: Sequence[float]) -> dict[s
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "#888"}
 
 
-def _add_line(figure: go.Figure, index: int, label: str, x: list[int], y: list[float], mode: str) -> None:
+def add_line(figure: go.Figure, index: int, label: str, x: Sequence[float], y: Sequence[float], mode: str) -> None:
     dash = _DASHES[index // len(_PALETTE) % len(_DASHES)]
     name = html.escape(label)
     line = {"color": color(index), "width": 2.5, "dash": dash}
@@ -182,7 +182,7 @@ def _member(label: str) -> dict[str, Any]:
     return {"mode": "lines", "name": html.escape(label), "legendgroup": html.escape(label), "showlegend": False}
 
 
-def _styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) -> go.Figure:
+def styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) -> go.Figure:
     """Transparent and without a template: the page gives text and grid their colours, for light and dark."""
     figure.update_layout(
         template="none",

@@ -68,7 +68,9 @@ class RunSpec:
             raise UserError(f"learning_rate must be positive, but it is {self.learning_rate}.")
 
 
-def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resume: bool = False) -> RunResult:
+def run(
+    spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resume: bool = False, shared: bool = False
+) -> RunResult:
     """Train, evaluate, save the adapter and write result.json.
 
     The seed fixes the head's start, the adapter's start, the order of the data and dropout, so runs of several methods
@@ -77,6 +79,7 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
 
     Args:
         resume: continue from the newest checkpoint in `spec.output_dir`.
+        shared: other runs use the machine at the same time; the result says so.
 
     Raises:
         UserError: an unknown method or option, a model that cannot be loaded, nothing to resume from.
@@ -143,6 +146,8 @@ def run(spec: RunSpec, task: TaskData, progress: Progress | None = None, *, resu
         adapter_dir=str(adapter_dir),
         events=recompositions(adapter_dir),
         diverged_at=diverged,
+        training_seconds=sum(watch.times),
+        shared=shared,
     )
     write_json(Path(spec.output_dir) / RESULT, result.to_dict())
     progress.finished(result)
