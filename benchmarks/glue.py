@@ -74,12 +74,10 @@ def _compare(
     from loratlas.train.console import ConsoleProgress, leaderboard
     from loratlas.train.data import load_task
     from loratlas.train.plan import PLAN
-    from loratlas.train.run import RunSpec, prepare_output
+    from loratlas.train.run import RunSpec
     from loratlas.train.tables import read_tables
 
     begun = resume and (out / PLAN).is_file()
-    if not begun:
-        prepare_output(out)
     tables = read_tables(str(data))
     if len(tables.test) > _TEST_ROWS:
         tables = tables._replace(test=tables.test.shuffle(seed=0).select(range(_TEST_ROWS)))

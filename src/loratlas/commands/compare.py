@@ -123,11 +123,11 @@ def compare(
         from loratlas.train.console import ConsoleProgress, leaderboard
         from loratlas.train.forgetting import BaseTask
         from loratlas.train.report import check_plotly, write_report
-        from loratlas.train.run import RunSpec, prepare_output
+        from loratlas.train.run import RunSpec
         from loratlas.train.stages import RESULTS
 
         check_plotly()
-        grid = _grid(lr_grid, learning_rate, no_tune or demo)
+        grid = _grid(lr_grid, learning_rate, no_tune=no_tune, demo=demo)
         shared, own = options.parse_settings(settings, methods)
         if resume and out is None:
             raise UserError("--resume needs --out: the directory of the comparison to go on with.")
@@ -144,8 +144,6 @@ def compare(
             max_length=max_length,
             limit=limit,
         )
-        if not resume:
-            prepare_output(directory, overwrite=overwrite)
     spec = RunSpec(
         method="",
         model=work.base,
@@ -176,6 +174,7 @@ def compare(
             processes=processes,
             cluster=cluster,
             resume=resume,
+            overwrite=overwrite,
             progress=progress,
         )
     report = write_report(result.to_dict(), directory / "report.html", _command())
@@ -186,10 +185,12 @@ def compare(
         console().print(f"\nReport: {report}\nNumbers: {directory / RESULTS}", markup=False, soft_wrap=True)
 
 
-def _grid(text: str | None, rate: float | None, untuned: bool) -> list[float] | None:
+def _grid(text: str | None, rate: float | None, *, no_tune: bool, demo: bool) -> list[float] | None:
     """What `compare` calls grid."""
+    if text is not None and no_tune:
+        raise UserError("--lr-grid searches and --no-tune does not: give one of them.")
     if text is None:
-        return [] if untuned and rate is None else None
+        return [] if (no_tune or demo) and rate is None else None
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:

@@ -41,7 +41,7 @@ class OnCluster:
         if self._mine:
             where = None if address == "auto" else address
             try:
-                ray.init(where, log_to_driver=False, include_dashboard=None if where else False)
+                ray.init(where, log_to_driver=False, include_dashboard=False)
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(f"there is no Ray cluster at {address!r}: {reason}") from None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loratlas.errors import UserError
 from loratlas.train.data import TaskData
@@ -14,11 +15,13 @@ from loratlas.train.jobs import Bench, InProcess, Runner, Source
 from loratlas.train.plan import Plan
 from loratlas.train.progress import Progress
 from loratlas.train.results import SHIFT, Comparison
-from loratlas.train.run import RunSpec
+from loratlas.train.run import RunSpec, prepare_output
 from loratlas.train.search import GRID, check_grid
 from loratlas.train.stages import Stages
 from loratlas.train.work import Work
 from loratlas.train.workers import InProcesses
+
+T = TypeVar("T")
 
 
 def compare(
@@ -37,6 +40,7 @@ def compare(
     processes: int = 1,
     cluster: str | None = None,
     resume: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Comparison:
     """Search each method's learning rate, run every method with every seed, and say what follows.
@@ -59,24 +63,25 @@ def compare(
         processes: runs that go on at the same time, each in a process of its own.
         cluster: "auto", "local" or the address of a Ray cluster that takes the runs.
         resume: go on in `spec.output_dir`; finished runs are not done again.
+        overwrite: replace what is in `spec.output_dir`, once everything else is found to be right.
 
     Raises:
-        UserError: before the first run, with everything that is wrong with any method; or if no run came to an end.
+        UserError: before the first run, with everything that is wrong with any method or setting, or because
+            `spec.output_dir` is not empty; after the last one, if none came to an end.
     """
-    own = options or {}
+    root, own = Path(spec.output_dir), options or {}
+    if not (resume or overwrite):
+        prepare_output(root)
     by_name = isinstance(work, Work)
     systems, problems = find_methods(methods, spec, own)
     problems += _wrong_settings(methods, seeds, baseline, minutes, processes, cluster, by_name)
-    rates: tuple[float, ...] = ()
-    task: TaskData | None = None
-    try:
-        rates = check_grid(_grid(spec, grid))
-        task = work.load() if isinstance(work, Work) else work
+    rates = _tried(problems, lambda: check_grid(_grid(spec, grid))) or ()
+    task = _tried(problems, work.load) if isinstance(work, Work) else work
+    if task is not None:
+        problems += misfits(systems, spec, own, task)
         if base_task is not None:
-            base_task.check(task)
-    except UserError as error:
-        problems.append(str(error))
-    refuse([*problems, *(misfits(systems, spec, own, task) if task is not None else ())])
+            _tried(problems, partial(base_task.check, task))
+    refuse(problems)
     assert task is not None  # else there was a problem
 
     plan = Plan(
@@ -92,7 +97,9 @@ def compare(
         noise_floor=len(seeds) > 1 if noise_floor is None else noise_floor,
         base_task=base_task,
     )
-    plan.keep(Path(spec.output_dir), resume=resume)
+    if overwrite and not resume:
+        prepare_output(root, overwrite=True)
+    plan.keep(root, resume=resume)
     progress = progress or Progress()
     progress.prepared(task.description)
     runner = _runner(work, task, base_task, processes, cluster)
@@ -112,6 +119,14 @@ def _runner(
     if isinstance(work, Work) and processes > 1:
         return InProcesses(Source(work, base_task), processes)
     return InProcess(Bench(task, base_task))
+
+
+def _tried(problems: list[str], make: Callable[[], T]) -> T | None:
+    try:
+        return make()
+    except UserError as error:
+        problems.append(str(error))
+        return None
 
 
 def _grid(spec: RunSpec, grid: Sequence[float] | None) -> Sequence[float]:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -95,14 +95,10 @@ class _Rate(ProgressColumn):
         return Text("" if not speed else f"{speed:.1f} steps/s" if speed >= 1 else f"{1 / speed:.1f} s/step")
 
 
-def leaderboard(comparison: Comparison) -> Table:
+def leaderboard(comparison: Comparison) -> Group:
     """The comparison as a table, best first; the verdict and the notes below."""
     value = comparison.to_dict()
-    table = Table(title=escape(comparison.task), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    verdict = verdict_line(value)
-    lines = [f"[bold not dim not italic]{escape(verdict)}[/]"] if verdict else []
-    table.caption = "\n".join([*lines, *map(escape, filter(None, [noise_line(value), *comparison.notes]))])
-    table.caption_justify = "left"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, title in enumerate(headings(value)):
         # wrapped here, because Rich would rather break the numbers
         head = "\n".join(textwrap.wrap(title, _HEADING))
@@ -110,4 +106,9 @@ def leaderboard(comparison: Comparison) -> Table:
     for row in ranked(value):
         best = row["method"] == value["verdict"]["winner"]
         table.add_row(*map(escape, row_cells(value, row)), style="bold" if best else None)
-    return table
+    below = [Text(verdict_line(value), style="bold"), *(Text(note, style="dim") for note in _notes(value))]
+    return Group(Text(comparison.task, style="italic"), table, *filter(None, below))
+
+
+def _notes(value: dict[str, Any]) -> list[str]:
+    return [noise_line(value), *value["notes"]]

@@ -46,7 +46,7 @@ def misfits(systems: dict[str, System], spec: RunSpec, own: Options, task: TaskD
             get_peft_model(model, build_config(system, task.task, model, {**spec.options, **own.get(slug, {})}))
         except ValueError as error:  # PEFT's and ours
             reason = " ".join(str(error).split())
-            problems.append(reason if slug in reason else f"{slug}: {reason}")
+            problems.append(f"{slug}: {reason}")
     return problems
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from loratlas.train.plan import Plan
-from loratlas.train.results import SHIFT, Comparison
+from loratlas.train.results import Comparison
 
 
 def rules(plan: Plan, steps: Mapping[str, int], result: Comparison) -> list[str]:
-    """Seeds and budget, where the learning rates come from, what the intervals and the noise floor mean."""
+    """Seeds and budget, where the learning rates come from, what the intervals mean."""
     count = "One seed" if len(plan.seeds) == 1 else f"{len(plan.seeds)} seeds"
     doubt = " Differences of a few points are within what another seed changes." if len(plan.seeds) == 1 else ""
     notes = [f"{count}, {_budget(plan, steps)}, {_rates(plan)}.{doubt}"]
@@ -17,10 +17,6 @@ def rules(plan: Plan, steps: Mapping[str, int], result: Comparison) -> list[str]
         notes.append(
             "± is Student's 95 % interval over seeds, of differences paired by seed; it says how far other seeds would "
             "move a result, not how far other test rows would. The verdict corrects for several methods by Holm's rule."
-        )
-    if plan.noise_floor:
-        notes.append(
-            f"Noise floor: {plan.baseline} again under seeds + {SHIFT}, for a run with the same seed repeats itself."
         )
     if any(run.shared for run in result.runs):
         notes.append("Runs shared the machine, so their step times are not compared.")

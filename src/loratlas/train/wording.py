@@ -87,8 +87,9 @@ def noise_line(comparison: dict[str, Any]) -> str:
     if noise is None:
         return ""
     return (
-        f"Noise floor {noise['level']:.4f}: so far apart are two runs of {comparison['baseline']} that differ only in "
-        f"their seed (root mean square of {noise['difference']['n']}; mean {signed(noise['difference'])})."
+        f"Noise floor {noise['level']:.4f}: so far apart are runs of {comparison['baseline']} that differ in seed "
+        f"alone (root mean square over {noise['difference']['n']} re-runs, under other seeds because one would repeat "
+        f"itself; mean {signed(noise['difference'])})."
     )
 
 
@@ -133,7 +134,7 @@ def _runner_up(comparison: dict[str, Any], label: Any) -> str:
 
 
 def _unknown_floor(comparison: dict[str, Any]) -> str:
-    telling = comparison["verdict"]["why"] in ("winner", "tie")
+    telling = comparison["verdict"]["why"] not in ("one seed", "incomplete")
     return (
         " The noise floor is unknown: the baseline was not run again."
         if telling and comparison["noise"] is None
