@@ -6,6 +6,7 @@ A comment on a line of its own is replaced:
     <!-- baselines -->                      what they are compared with
     <!-- options: module:Class -->          the fields of a configuration, with defaults and help
     <!-- command: name -->                  the arguments and options of a `loratlas` command
+    <!-- results: name -->                  what benchmarks/results/name.json holds
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
+import json
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -24,6 +26,7 @@ from loratlas.catalog import System, baselines, systems
 log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
 
 METHODS = Path(__file__).parent / "methods"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 MARKER = re.compile(r"^<!-- (?P<what>[a-z]+)(?:: (?P<of>\S+))? -->$", re.MULTILINE)
 
 
@@ -87,11 +90,33 @@ def command(name: str) -> str:
     return "\n\n".join(f"**{group}**\n\n{_parameters(groups[group])}" for group in order if group in groups)
 
 
+def results(name: str) -> str:
+    """The tables of a benchmark, or a line that says how to make them."""
+    file = RESULTS / f"{name}.json"
+    if not file.is_file():
+        return f"Not measured yet: run `python benchmarks/{name}.py`."
+    return SHOWN[name](json.loads(file.read_text(encoding="utf-8")))
+
+
+def glue(found: dict[str, Any]) -> str:
+    """A leaderboard a task, the verdict under it."""
+    from loratlas.train.wording import headings, noise_line, ranked, row_cells, verdict_line
+
+    parts = [f"`{found['command']}`"]
+    for name, task in found["tasks"].items():
+        table = _table(tuple(headings(task)), [tuple(row_cells(task, row)) for row in ranked(task)])
+        parts += [f"**{name}**: {task['task']}", table, " ".join(filter(None, [verdict_line(task), noise_line(task)]))]
+    return "\n\n".join(parts)
+
+
+SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {"glue": glue}  # one reader a benchmark
+
 GENERATORS: dict[str, Callable[..., str]] = {
     "catalogue": catalogue,
     "baselines": known_baselines,
     "options": options,
     "command": command,
+    "results": results,
 }
 
 
