@@ -35,6 +35,8 @@ CASES = {
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
+# plain factors, pairs that move, a diagonal core, no low-rank form
+ONE_OF_EACH_KIND = ["lora", "srlora", "svfit", "soka"]
 SUITES = {"custom": "tests/test_custom_models.py", "decoder": "tests/test_decoder_models.py"}
 CONFTEST = """\
 def pytest_addoption(parser):
@@ -109,11 +111,13 @@ def run(slug: str, suite: str) -> tuple[Counter[str], list[str], float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("slugs", nargs="*", default=list(CASES))
+    parser.add_argument("--one-of-each-kind", action="store_true", help=f"only {', '.join(ONE_OF_EACH_KIND)}")
     arguments = parser.parse_args()
+    slugs = ONE_OF_EACH_KIND if arguments.one_of_each_kind else arguments.slugs
     title = f"PEFT {peft.__version__}'s own tests"
     table = Table("method", "suite", "passed", "failed", "skipped", "seconds", title=title)
     failures: list[str] = []
-    for slug in arguments.slugs:
+    for slug in slugs:
         for suite in SUITES:
             counts, failed, seconds = run(slug, suite)
             failures += failed or ([] if counts["passed"] else [f"{slug} {suite}: nothing was collected"])

@@ -202,7 +202,9 @@ def outcome(result: Comparison) -> Any:
     clock = {"step_seconds", "training_seconds", "setup_seconds", "seconds", "peak_memory_bytes", "relative_step_time"}
     value = result.to_dict()
     for book in ("runs", "noise_runs", "search_runs", "rows"):
-        value[book] = [{key: item for key, item in run.items() if key not in clock | {"adapter_dir"}} for run in value[book]]
+        value[book] = [
+            {key: item for key, item in run.items() if key not in clock | {"adapter_dir"}} for run in value[book]
+        ]
     return value
 
 
