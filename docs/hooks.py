@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from loratlas.catalog import System, baselines, systems
+from loratlas.engine.config import AtlasConfig
 
 log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
 
@@ -54,7 +55,7 @@ def known_baselines() -> str:
 
 
 def options(target: str) -> str:
-    """Two tables: the fields that the class declares itself, and those it inherits from the library's own classes."""
+    """Two tables: the fields of the class and of what it shares with a few others, and those of every adapter."""
     module, _, name = target.partition(":")
     cls = getattr(importlib.import_module(module), name)
     inherited = {field for base in cls.__mro__[1:] if _ours(base) for field in _declared(base)}
@@ -63,8 +64,9 @@ def options(target: str) -> str:
     for field in fields:
         if "help" not in field.metadata and field.name in {*_declared(cls), *inherited}:
             log.warning("%s: the field %s has no help text", target, field.name)
-    own = [field for field in fields if field.name in _declared(cls)]
-    shared = [field for field in fields if field.name not in _declared(cls)]
+    special = {field for base in cls.__mro__ if _ours(base) and base is not AtlasConfig for field in _declared(base)}
+    own = [field for field in fields if field.name in special]
+    shared = [field for field in fields if field.name not in special]
     parts = [_fields(own)]
     if shared:
         parts.append(f"Shared by all adapters:\n\n{_fields(shared)}")

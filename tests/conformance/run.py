@@ -26,6 +26,7 @@ from rich.table import Table
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache"
 KINDS = ["linear", "conv1d", "embedding", "conv2d"]
+# PEFT wants a start at the base model's function; methods that have another get the options that come closest to that
 CASES = {
     "lora": {"config": "loratlas:AtlasLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
     "salt": {"config": "loratlas:SaltConfig", "kinds": ["linear", "conv1d", "conv2d"], "kwargs": {"r": 4}},
@@ -33,10 +34,22 @@ CASES = {
     "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    "lamda": {"config": "loratlas:LamdaConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "lora-sb": {
+        "config": "loratlas:LoraSBConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "init_lr": 1e-9},
+    },
+    "lora-xs": {"config": "loratlas:LoraXSConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "init_std": 0.0}},
+    "nlora": {
+        "config": "loratlas:NLoraConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "init_weights": "slora"},
+    },
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
-# plain factors, pairs that move, a diagonal core, no low-rank form
-ONE_OF_EACH_KIND = ["lora", "srlora", "svfit", "soka"]
+# plain factors, pairs that move, a diagonal core, a square core, no low-rank form
+ONE_OF_EACH_KIND = ["lora", "srlora", "svfit", "nlora", "soka"]
 SUITES = {"custom": "tests/test_custom_models.py", "decoder": "tests/test_decoder_models.py"}
 CONFTEST = """\
 def pytest_addoption(parser):

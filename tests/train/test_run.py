@@ -55,6 +55,17 @@ class Seen(Progress):
         self.calls.append(("finished", result.method))
 
 
+def test_parameters_are_counted_before_a_method_freezes_some(bert: str, reviews: TaskData, tmp_path: Path) -> None:
+    counts = [
+        run(
+            spec(bert, tmp_path / str(fraction), "lamda", steps=2, options={"r": 2, "freeze_fraction": fraction}),
+            reviews,
+        )
+        for fraction in (0.0, 1.0)
+    ]
+    assert counts[0].trainable_parameters == counts[1].trainable_parameters
+
+
 def test_a_run_learns_and_writes_all_that_it_says(bert: str, reviews: TaskData, tmp_path: Path) -> None:
     seen = Seen()
     result = run(spec(bert, tmp_path, steps=60, learning_rate=2e-2), reviews, seen)

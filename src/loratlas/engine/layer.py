@@ -56,6 +56,7 @@ class AtlasLayer(nn.Module, Merging):
             setattr(self, self.prefix + name, BufferDict(persistent=True))
         for name in self.method.derived:
             setattr(self, self.prefix + name, BufferDict(persistent=False))
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._untouched = None
@@ -74,7 +75,7 @@ class AtlasLayer(nn.Module, Merging):
     @property
     def other_param_names(self) -> tuple[str, ...]:  # type: ignore[override]
         tensors = tuple(self.prefix + name for name in self.buffer_names() + self.method.derived)
-        return (*tensors, "atlas_config", "atlas_r", "atlas_alpha", "atlas_scaling")
+        return (*tensors, "atlas_config", "atlas_r", "atlas_alpha", "atlas_scaling", "frozen_peft_weight_names")
 
     def store(self, name: str) -> Any:
         """The dictionary {adapter: tensor} of one of the method's tensors."""
@@ -142,10 +143,13 @@ class AtlasLayer(nn.Module, Merging):
         self.atlas_r[adapter] = r
         self.atlas_alpha[adapter] = alpha
         self.atlas_scaling[adapter] = self.method.scale(config, r, alpha)
-        dtypes = self.method.dtypes()
+        dtypes, frozen = self.method.dtypes(), self.method.frozen(config)
         for name, shape in self.method.shapes(config, r, n_in, n_out).items():
             zeros = torch.zeros(shape, dtype=dtypes.get(name, dtype), device=device)
-            self.store(name)[adapter] = nn.Parameter(zeros) if name in self.method.params else zeros
+            trains = name in self.method.params
+            self.store(name)[adapter] = nn.Parameter(zeros, requires_grad=name not in frozen) if trains else zeros
+        # PEFT switches these off again after every set_adapter
+        self.frozen_peft_weight_names[adapter] = tuple(self.prefix + name for name in frozen)
         if self.method.has_lifecycle():
             for name in CLOCK:
                 self.store(name)[adapter] = torch.zeros((), dtype=torch.int64, device=device)

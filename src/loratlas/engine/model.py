@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,12 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -83,6 +89,18 @@ class AtlasModel(BaseTuner):
                 if kind_of(module, quantization) in self.layer_classes
             }
         )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if not self.method.overrides("ranks") or peft_config.initialized:
+            return
+        pattern = peft_config.rank_pattern
+        weights = {}
+        for path, target in targeted(model, peft_config):
+            if get_pattern_key(list(pattern), path) not in pattern:
+                layer = target if isinstance(target, AtlasLayer) else self._wrap(target, path)
+                weights[path] = layer.base_matrix
+        chosen = self.method.ranks(peft_config, weights)
+        peft_config.rank_pattern = {**pattern, **{f"^{path}": r for path, r in chosen.items()}}
 
     def _create_and_replace(
         self,
@@ -305,6 +323,15 @@ def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     """(module path, layer) of every adapted layer, of those that carry `adapter` if one is named."""
     for path, module in model.named_modules():
         if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
+            yield path, module
+
+
+def targeted(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of everything that `config` asks to adapt, as PEFT will find it."""
+    wanted = _maybe_include_all_linear_layers(copy.copy(config), model)
+    adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for path, module in model.named_modules():
+        if path and not path.startswith(adapted) and check_target_module_exists(wanted, path):
             yield path, module
 
 
