@@ -97,7 +97,20 @@ def results(name: str) -> str:
     file = RESULTS / f"{name}.json"
     if not file.is_file():
         return f"Not measured yet: run `python benchmarks/{name}.py`."
-    return SHOWN[name](json.loads(file.read_text(encoding="utf-8")))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    return glue(found) if name == "glue" else measured(found)
+
+
+def measured(found: dict[str, Any]) -> str:
+    """How and where a benchmark was run, its bars and its other tables."""
+    machine, settings = found["machine"], found["settings"]
+    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
+    about = (
+        f"`{found['command']}`, {found['date']}, {settings['rounds']} rounds, {settings['threads']} thread(s) of "
+        f"{machine['cores']} cores ({machine['cpu']}), load {machine['load_average']:.1f}; {versions}."
+    )
+    tables = [f"**{table['title']}**\n\n{_table(table['head'], table['rows'])}" for table in found["tables"]]
+    return "\n\n".join([about, *tables])
 
 
 def glue(found: dict[str, Any]) -> str:
@@ -110,8 +123,6 @@ def glue(found: dict[str, Any]) -> str:
         parts += [f"**{name}**: {task['task']}", table, " ".join(filter(None, [verdict_line(task), noise_line(task)]))]
     return "\n\n".join(parts)
 
-
-SHOWN: dict[str, Callable[[dict[str, Any]], str]] = {"glue": glue}  # one reader a benchmark
 
 GENERATORS: dict[str, Callable[..., str]] = {
     "catalogue": catalogue,

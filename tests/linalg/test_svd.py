@@ -156,9 +156,11 @@ def test_canonical_signs_ties_go_to_the_lowest_index_and_the_product_stays() -> 
 @pytest.mark.parametrize(
     ("m", "n", "k", "chosen"),
     [
-        (768, 768, 8, "full"),
-        (1024, 1024, 8, "full"),
-        (768, 1535, 8, "full"),
+        (60, 60, 1, "full"),
+        (768, 768, 64, "gram"),
+        (768, 768, 65, "full"),
+        (1024, 1024, 8, "gram"),
+        (768, 1535, 100, "full"),
         (768, 1536, 384, "gram"),
         (1536, 768, 385, "full"),
         (384, 30522, 32, "gram"),
@@ -174,7 +176,7 @@ def test_choice_of_method(m: int, n: int, k: int, chosen: str) -> None:
     assert choose_method(m, n, k, torch.float64) == ("full" if chosen == "gram" else chosen)
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(40, 30, 4), (20, 100, 4), (1025, 1030, 2)])
+@pytest.mark.parametrize(("m", "n", "k"), [(40, 30, 4), (20, 100, 4), (110, 100, 4), (1025, 1030, 2)])
 def test_auto_gives_the_bits_of_the_method_it_chooses(m: int, n: int, k: int) -> None:
     weight = gaussian(m, n).float()
     explicit = top_svd(weight, k, method=choose_method(m, n, k), niter=1)

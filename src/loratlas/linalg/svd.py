@@ -6,11 +6,14 @@ import torch
 from torch import Tensor
 
 from loratlas.errors import UserError
+from loratlas.linalg import chebyshev
 
 METHODS = ("auto", "full", "gram", "lowrank")
 _MIN_OVERSAMPLE = 8
 # columns that are held in float64 at one time, so that a vocabulary-sized matrix is never copied whole
 _BLOCK = 8192
+# rows of a Gram matrix that are computed together; only the half above its diagonal is
+_STRIP = 128
 
 
 def top_svd(
@@ -28,14 +31,16 @@ def top_svd(
         weight: W, (m, n), any real floating dtype and device.
         k: number of triplets, 1 <= k <= min(m, n).
         method: "full" is LAPACK's SVD. "gram" takes the eigenvectors of the smaller Gram matrix in float64, accurate to
-            about 1e-7 sigma_1, in half the time or less on very rectangular matrices. "lowrank" is the randomised
+            about 1e-7 sigma_1: the leading ones alone where these are few (see `linalg.chebyshev`), which takes a
+            quarter of the time of "full" or less, and on any spectrum. "lowrank" is the randomised
             range finder (Halko, Martinsson & Tropp 2011, arXiv 0909.4061, algorithm 4.4): fast, accurate where the
             spectrum decays; on a flat spectrum the *directions* near number k are not the exact ones. "auto" asks
             `choose_method`.
         niter: power iterations of "lowrank", >= 0. Error shrinks as (sigma_(k+oversample+1) / sigma_k)^(2 niter + 1).
         oversample: extra directions that "lowrank" carries, >= 1. None means max(k, 8). On 768x768 with
             sigma_i = i^-0.5, k = 64, that finds sigma to 3e-6; with 16 the error is 2e-3, with 1 it is 3e-2.
-        seed: of the private generator of "lowrank", drawn on the CPU. The global generator is neither read nor moved.
+        seed: of the private generator of "gram" and "lowrank", drawn on the CPU. The global generator is neither read
+            nor moved.
 
     Returns:
         U (m, k), S (k,) descending, Vh (k, n) on weight's device, detached; float64 for a float64 weight and float32
@@ -54,7 +59,8 @@ def top_svd(
     m, n = weight.shape
     dtype = result_dtype(weight)
     matrix = weight.detach().to(device=float64_device(weight.device), dtype=dtype)
-    if not bool(torch.isfinite(matrix).all()):
+    # both extremes are NaN where any entry is; five times as fast as looking at each of them
+    if not bool(torch.isfinite(torch.stack(matrix.aminmax())).all()):
         raise UserError(f"The {m}x{n} matrix holds NaN or infinite entries, so it has no SVD; check its source.")
     if method == "auto":
         method = choose_method(m, n, k, dtype)
@@ -65,7 +71,7 @@ def top_svd(
         else:
             wide = matrix if m <= n else matrix.T
             if method == "gram":
-                basis = _gram_basis(wide, k)
+                basis = _gram_basis(wide, k, seed)
             else:
                 extra = max(k, _MIN_OVERSAMPLE) if oversample is None else oversample
                 basis = _range_basis(wide, min(k + extra, m, n), niter, seed)
@@ -84,18 +90,20 @@ def choose_method(m: int, n: int, k: int, dtype: torch.dtype = torch.float32) ->
     Measured with `benchmarks/svd.py` on one CPU thread, float32:
 
     - "lowrank" where d > 1024 and 8 k <= d. At 1536x1536 it is 10x faster than "full" for k = 32, 6x for k = 64, 1.6x
-      for k = 192 and level for k = 256. Up to d = 1024 the exact form takes about 0.3 s for such k, which is not worth
-      the risk of a flat spectrum: with sigma_i = i^-0.05, k = 64, sigma is 3 % off and the subspace wrong.
-    - "gram" where max(m, n) >= 2 d and 2 k <= d: 2.3x faster than "full" at 768x1536 for k = 32 and 1.5x for k = 384,
-      4.4x at 768x3072, 3.4x at 384x30522, and its sigma closer to the truth (4e-8 against 8e-7). Nearer to square, or
-      for nearly all triplets, it gains little or loses (0.3x at 768x768, k = 768). Never for float64, whose user
-      expects more digits than a Gram matrix keeps.
+      for k = 192 and level for k = 256. Up to d = 1024 the other two are fast enough not to risk a flat spectrum: with
+      sigma_i = i^-0.05, k = 32, sigma is 3 % off and the subspace wrong.
+    - "gram" where max(m, n) >= 2 d and 2 k <= d, or 12 k <= d. Against "full" at 384x384 it is 3.0x faster for k = 8
+      and 1.5x for k = 32, at 768x768 3.9x and 2.2x, at 384x1536 4.7x and 3.3x, at 768x3072 9x and 8x, and its sigma
+      closer to the truth (4e-8 against 8e-7). On the flat spectrum above it is 1.7x and 0.7x at 384x384, 2.4x and 1.0x
+      at 768x768. Never for float64, whose user expects more digits than a Gram matrix keeps.
     - "full" for the rest.
     """
     smaller, larger = min(m, n), max(m, n)
     if smaller > 1024 and 8 * k <= smaller:
         return "lowrank"
-    if dtype != torch.float64 and larger >= 2 * smaller and 2 * k <= smaller:
+    rectangular = larger >= 2 * smaller and 2 * k <= smaller
+    few = chebyshev.pays(smaller, k) and 12 * k <= smaller
+    if dtype != torch.float64 and (rectangular or few):
         return "gram"
     return "full"
 
@@ -141,14 +149,26 @@ def float64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type == "mps" else device
 
 
-def _gram_basis(wide: Tensor, k: int) -> Tensor:
-    """The k leading eigenvectors of W W^T for wide W (d, n), in float64: (d, k), orthonormal."""
-    gram = torch.zeros(wide.shape[0], wide.shape[0], dtype=torch.float64, device=wide.device)
+def _gram(wide: Tensor) -> Tensor:
+    """W W^T for wide W (d, n), in float64."""
+    size = wide.shape[0]
+    gram = torch.zeros(size, size, dtype=torch.float64, device=wide.device)
+    strips = [slice(start, start + _STRIP) for start in range(0, size, _STRIP)]
     for block in wide.split(_BLOCK, dim=1):
         exact = block.double()
-        gram.addmm_(exact, exact.T)
+        for rows in strips:
+            gram[rows, rows.start :].addmm_(exact[rows], exact[rows.start :].T)
+    for rows in strips:
+        gram[rows.stop :, rows] = gram[rows, rows.stop :].T
+    return gram
+
+
+def _gram_basis(wide: Tensor, k: int, seed: int) -> Tensor:
+    """The k leading eigenvectors of W W^T for wide W (d, n), in float64: (d, k), orthonormal."""
+    gram = _gram(wide)
+    leading = chebyshev.leading_eigenvectors(gram, k, seed) if chebyshev.pays(wide.shape[0], k) else None
     # eigh returns ascending eigenvalues
-    return torch.linalg.eigh(gram).eigenvectors[:, -k:]
+    return torch.linalg.eigh(gram).eigenvectors[:, -k:] if leading is None else leading
 
 
 def _range_basis(wide: Tensor, width: int, niter: int, seed: int) -> Tensor:

@@ -1,0 +1,65 @@
+"""benchmarks/step.py runs, and its JSON and the site's tables hold what it measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Import a script by its path; what it imports from its own folder is forgotten afterwards."""
+    known, threads = set(sys.modules), torch.get_num_threads()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+    def script(path: str) -> Any:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    yield script
+    torch.set_num_threads(threads)
+    for name in {"arms", "paired"} - known:
+        sys.modules.pop(name, None)
+
+
+def test_a_quick_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    step, out = load("benchmarks/step.py"), tmp_path / "step.json"
+    app = typer.Typer()
+    app.command()(step.main)
+    command = ["--quick", "--rounds", "1", "--method", "svfit", "--out", str(out)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = json.loads(out.read_text())
+    fp32, bf16, *dropped = found["data"]
+    assert set(fp32["arms"]) == {*step.ARMS, "svfit"}
+    assert [set(each["arms"]) for each in dropped] == 2 * [{"peft", "lora", "svfit"}]
+    assert fp32["lora_against_peft"]["loss"] < 1e-6
+    assert fp32["lora_against_peft"]["gradients"] < 1e-6
+    assert bf16["lora_against_peft"]["lora_to_fp32"] < 1.5 * bf16["lora_against_peft"]["peft_to_fp32"]
+    assert all(len(fp32["arms"][name]["event_seconds"]) == 6 for name in ("srlora", "srlora-inplace"))
+    assert bf16["arms"]["lora"]["saved_bytes"] < bf16["arms"]["peft"]["saved_bytes"]
+
+    hooks = load("docs/hooks.py")
+    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
+    page = hooks.results("step")
+    assert all(bar["claim"] in page for bar in found["bars"])
+
+
+def test_an_unknown_setting_names_the_known_ones(load: Any) -> None:
+    step = load("benchmarks/step.py")
+    with pytest.raises(step.typer.BadParameter, match=r"no setting 'd385'.*d384-fp32"):
+        step._chosen(step.SETTINGS, ["d385"])
