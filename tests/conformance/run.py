@@ -17,6 +17,7 @@ import tarfile
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import peft
@@ -83,6 +84,7 @@ def decoders() -> list[str]:
     import torch
     import transformers as tf
 
+    tf.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
     sizes = {"vocab_size": 1024, "bos_token_id": 0, "eos_token_id": 1}
     small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, **sizes}
@@ -97,12 +99,11 @@ def decoders() -> list[str]:
     return paths
 
 
-def run(slug: str, suite: str) -> tuple[Counter[str], list[str], float]:
+def run(slug: str, suite: str, models: list[str]) -> tuple[Counter[str], list[str], float]:
     """(counts by outcome, failed node ids, seconds) of one battery."""
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
-        models = decoders() if suite == "decoder" else []
         case = {**CASES[slug], "suite": suite, "models": models, "report": str(report)}
         env = {
             **os.environ,
@@ -130,9 +131,12 @@ def main() -> None:
     title = f"PEFT {peft.__version__}'s own tests"
     table = Table("method", "suite", "passed", "failed", "skipped", "seconds", title=title)
     failures: list[str] = []
-    for slug in slugs:
-        for suite in SUITES:
-            counts, failed, seconds = run(slug, suite)
+    sources()
+    models = decoders()
+    batteries = [(slug, suite) for slug in slugs for suite in SUITES]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # each runs in a process of one thread
+        results = pool.map(lambda battery: run(*battery, models), batteries)
+        for (slug, suite), (counts, failed, seconds) in zip(batteries, results, strict=True):
             failures += failed or ([] if counts["passed"] else [f"{slug} {suite}: nothing was collected"])
             numbers = [str(counts[outcome]) for outcome in ("passed", "failed", "skipped")]
             table.add_row(slug, suite, *numbers, f"{seconds:.0f}")
