@@ -47,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def catalogue() -> str:
     every = systems()
     done = sum(system.status == "implemented" for system in every)
-    return f"{len(every)} systems, {done} of them implemented.\n\n{_systems(every)}"
+    return f"{len(every)} systems, {done} of them implemented (✓).\n\n{_systems(every)}"
 
 
 def known_baselines() -> str:
@@ -134,20 +134,21 @@ GENERATORS: dict[str, Callable[..., str]] = {
 
 
 def _systems(found: Iterable[System]) -> str:
+    """The implemented ones first; a check mark says which."""
+    rows = sorted(found, key=lambda system: system.status != "implemented")
     return _table(
-        ("slug", "system", "kind", "paper", "official code", "ships as", "status", "what it does"),
+        ("", "system", "what it does", "kind", "paper", "code", "ships as"),
         [
             (
-                f"`{system.slug}`",
-                _name(system),
+                "✓" if system.status == "implemented" else "",
+                f"{_name(system)}<br>`{system.slug}`",
+                system.summary,
                 system.kind,
                 f"[{system.paper}](https://arxiv.org/abs/{system.paper})",
-                f"[{system.official}](https://github.com/{system.official})" if system.official else "–",
+                f"[official](https://github.com/{system.official})" if system.official else "–",
                 ", ".join(system.exports),
-                system.status,
-                system.summary,
             )
-            for system in found
+            for system in rows
         ],
     )
 
