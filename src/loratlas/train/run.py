@@ -119,7 +119,8 @@ def run(
     with locked(spec.output_dir) if first else contextlib.nullcontext():
         checkpoint = _checkpoint(spec) if resume else None
         if first:
-            recover(spec.output_dir)
+            for place in (Path(spec.output_dir), Path(spec.output_dir) / CHECKPOINTS):
+                recover(place)
         return _run(spec, task, progress or Progress(), checkpoint, stop, shared)
 
 
