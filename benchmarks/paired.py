@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import random
 import re
 import shlex
 import statistics
@@ -92,11 +93,11 @@ def bars_table(bars: Sequence[Bar]) -> Table:
     return Table("Bars", ("claim", "bar", "measured, median (quartiles)", ""), [bar.row() for bar in bars])
 
 
-def rotated(arms: Sequence[str], rounds: int) -> Iterator[list[str]]:
-    """The order of the arms in each round: another one begins each time."""
-    for number in range(rounds):
-        start = number % len(arms)
-        yield [*arms[start:], *arms[:start]]
+def shuffled(arms: Sequence[str], rounds: int, seed: int = 0) -> Iterator[list[str]]:
+    """The order of the arms in each round, at random, so that none always comes after the same other one."""
+    generator = random.Random(seed)
+    for _ in range(rounds):
+        yield generator.sample(arms, len(arms))
 
 
 def clock(work: Callable[[], Any]) -> tuple[float, Any]:

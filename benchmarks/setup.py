@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from paired import RESULTS, Bar, Spread, Table, bars_table, clock, ratio, rotated, save
+from paired import RESULTS, Bar, Spread, Table, bars_table, clock, ratio, save, shuffled
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel
@@ -51,7 +51,7 @@ def main(
     loaded = AutoModel.from_pretrained(demo_model(), add_pooling_layer=False)
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     extra: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    for number, order in enumerate(rotated(ARMS, rounds + 1)):
+    for number, order in enumerate(shuffled(ARMS, rounds + 1)):
         for arm in order:
             took, peak = measure(arm, loaded)
             if number > 0:
