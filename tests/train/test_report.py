@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -175,18 +173,3 @@ def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         write_report({**comparison(), "runs": []}, tmp_path / "report.html")
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_a_browser_draws_every_plot_without_errors(tmp_path: Path) -> None:
-    path = write_report(comparison(), tmp_path / "report.html")
-    words = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000", "--enable-logging=stderr"]
-    done = subprocess.run(
-        ["chromium", *words, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    assert done.stdout.count('class="main-svg"') >= 6
-    assert "CONSOLE" not in done.stderr
