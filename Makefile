@@ -9,7 +9,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/loratlas compare lora pissa srlora --demo
 
 test: $(VENV)/.test-installed lint docs
-	$(BIN)/python tests/conformance/run.py
+	$(BIN)/python tests/conformance/run.py --one-of-each-kind
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=2 $(BIN)/python -m pytest --cov=loratlas --cov-report=term:skip-covered
 
 lint: $(VENV)/.test-installed

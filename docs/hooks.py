@@ -6,7 +6,7 @@ A comment on a line of its own is replaced:
     <!-- baselines -->                      what they are compared with
     <!-- options: module:Class -->          the fields of a configuration, with defaults and help
     <!-- command: name -->                  the arguments and options of a `loratlas` command
-    <!-- results: name -->                  the tables of benchmarks/results/<name>.json
+    <!-- results: name -->                  what benchmarks/results/name.json holds
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from loratlas.catalog import System, baselines, systems
+from loratlas.engine.config import AtlasConfig
 
 log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
 
 METHODS = Path(__file__).parent / "methods"
-RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 MARKER = re.compile(r"^<!-- (?P<what>[a-z]+)(?:: (?P<of>\S+))? -->$", re.MULTILINE)
 
 
@@ -46,7 +47,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def catalogue() -> str:
     every = systems()
     done = sum(system.status == "implemented" for system in every)
-    return f"{len(every)} systems, {done} of them implemented.\n\n{_systems(every)}"
+    return f"{len(every)} systems, {done} of them implemented (✓).\n\n{_systems(every)}"
 
 
 def known_baselines() -> str:
@@ -54,7 +55,7 @@ def known_baselines() -> str:
 
 
 def options(target: str) -> str:
-    """Two tables: the fields that the class declares itself, and those it inherits from the library's own classes."""
+    """Two tables: the fields of the class and of what it shares with a few others, and those of every adapter."""
     module, _, name = target.partition(":")
     cls = getattr(importlib.import_module(module), name)
     inherited = {field for base in cls.__mro__[1:] if _ours(base) for field in _declared(base)}
@@ -63,8 +64,9 @@ def options(target: str) -> str:
     for field in fields:
         if "help" not in field.metadata and field.name in {*_declared(cls), *inherited}:
             log.warning("%s: the field %s has no help text", target, field.name)
-    own = [field for field in fields if field.name in _declared(cls)]
-    shared = [field for field in fields if field.name not in _declared(cls)]
+    special = {field for base in cls.__mro__ if _ours(base) and base is not AtlasConfig for field in _declared(base)}
+    own = [field for field in fields if field.name in special]
+    shared = [field for field in fields if field.name not in special]
     parts = [_fields(own)]
     if shared:
         parts.append(f"Shared by all adapters:\n\n{_fields(shared)}")
@@ -91,12 +93,16 @@ def command(name: str) -> str:
 
 
 def results(name: str) -> str:
-    """What a benchmark wrote: how and where it was run, its bars and its other tables."""
+    """The tables of a benchmark, or a line that says how to make them."""
     file = RESULTS / f"{name}.json"
     if not file.is_file():
-        log.warning("benchmarks/results/%s.json is missing: run benchmarks/%s.py", name, name)
         return f"Not measured yet: run `python benchmarks/{name}.py`."
     found = json.loads(file.read_text(encoding="utf-8"))
+    return glue(found) if name == "glue" else measured(found)
+
+
+def measured(found: dict[str, Any]) -> str:
+    """How and where a benchmark was run, its bars and its other tables."""
     machine, settings = found["machine"], found["settings"]
     versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
     about = (
@@ -105,6 +111,17 @@ def results(name: str) -> str:
     )
     tables = [f"**{table['title']}**\n\n{_table(table['head'], table['rows'])}" for table in found["tables"]]
     return "\n\n".join([about, *tables])
+
+
+def glue(found: dict[str, Any]) -> str:
+    """A leaderboard a task, the verdict under it."""
+    from loratlas.train.wording import headings, noise_line, ranked, row_cells, verdict_line
+
+    parts = [f"`{found['command']}`"]
+    for name, task in found["tasks"].items():
+        table = _table(tuple(headings(task)), [tuple(row_cells(task, row)) for row in ranked(task)])
+        parts += [f"**{name}**: {task['task']}", table, " ".join(filter(None, [verdict_line(task), noise_line(task)]))]
+    return "\n\n".join(parts)
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
@@ -117,20 +134,21 @@ GENERATORS: dict[str, Callable[..., str]] = {
 
 
 def _systems(found: Iterable[System]) -> str:
+    """The implemented ones first; a check mark says which."""
+    rows = sorted(found, key=lambda system: system.status != "implemented")
     return _table(
-        ("slug", "system", "kind", "paper", "official code", "ships as", "status", "what it does"),
+        ("", "system", "what it does", "kind", "paper", "code", "ships as"),
         [
             (
-                f"`{system.slug}`",
-                _name(system),
+                "✓" if system.status == "implemented" else "",
+                f"{_name(system)}<br>`{system.slug}`",
+                system.summary,
                 system.kind,
                 f"[{system.paper}](https://arxiv.org/abs/{system.paper})",
-                f"[{system.official}](https://github.com/{system.official})" if system.official else "–",
+                f"[official](https://github.com/{system.official})" if system.official else "–",
                 ", ".join(system.exports),
-                system.status,
-                system.summary,
             )
-            for system in found
+            for system in rows
         ],
     )
 

@@ -192,22 +192,36 @@ def test_train_prints_json_only_on_request(work: list[str], tmp_path: Path) -> N
 
 def test_compare_prints_a_leaderboard_and_writes_report_and_numbers(work: list[str], tmp_path: Path) -> None:
     words = ["compare", "lora", "srlora", "peft-lora", *work, "--out", str(tmp_path / "c"), "--seeds", "2"]
-    code, text, _ = call(*words, "--set", "srlora.gamma=1.0")
+    code, text, _ = call(*words, "--set", "srlora.gamma=1.0", "--lr-grid", "1e-3,1e-2")
     assert code == 0
-    for title in ("method", "accuracy", "trainable", "final accuracy", "step time", "peak"):
+    for title in ("method", "accuracy", "difference", "rate", "trainable", "step time", "peak"):
         assert title in text
     for label in ("LoRA", "SRLoRA", "LoRA of PEFT"):
         assert label in text
-    assert "2 seeds, 6 steps, each method at its catalogued learning rate" in " ".join(text.split())
+    words_of = " ".join(text.split())
+    assert "2 seeds, 6 steps, each method at the best learning rate of 0.001, 0.01" in words_of
+    assert "Noise floor 0." in words_of
+    assert "Winner: " in text or "No winner: " in text
     saved = json.loads((tmp_path / "c" / "results.json").read_text())
     assert [run["options"] for run in saved["runs"][:3]] == [{"r": 2}, {"r": 2, "gamma": 1.0}, {"r": 2}]
     page = (tmp_path / "c" / "report.html").read_text()
-    assert "SRLoRA" in page
+    for part in ("SRLoRA", "Difference to the baseline", "Learning-rate search", "Noise floor 0."):
+        assert part in page
     assert len(list((tmp_path / "c").glob("*-seed*/adapter/adapter_config.json"))) == 6
+    assert len(list((tmp_path / "c" / "search").glob("*-lr*/result.json"))) == 6
+    assert len(list((tmp_path / "c" / "noise").glob("lora-seed100?/result.json"))) == 2
     code, _, error = call(*words)
     assert code == 2
     assert "is not empty: choose another --out" in error
-    assert call(*words, "--overwrite", "--seeds", "1")[0] == 0
+    code, text, _ = call(*words, "--overwrite", "--seeds", "1", "--no-tune")
+    assert code == 0
+    assert "No winner: one seed gives no interval." in text
+    assert "One seed, 6 steps, each method at its catalogued learning rate" in " ".join(text.split())
+    code, again, _ = call(*words, "--resume", "--seeds", "1", "--no-tune")
+    assert (code, again) == (0, text)
+    code, _, error = call(*words, "--resume", "--seeds", "2", "--no-tune")
+    assert code == 2
+    assert "was begun with other settings: seeds was [0] and is [0, 1] now" in error
 
 
 def test_export_and_inspect(work: list[str], trained: Path, tmp_path: Path) -> None:
@@ -266,6 +280,8 @@ MISTAKES = {
     "unknown tracker": (["train", "lora", "--demo", "--report-to", "x"], "transformers reports to no 'x'"),
     "no image or adapter": (["try", "absent", "text"], "there is no directory absent"),
     "resume nowhere": (["train", "srlora", "--demo", "--resume"], "--resume needs --out"),
+    "resume a comparison nowhere": (["compare", "lora", "--demo", "--resume"], "--resume needs --out"),
+    "no grid": (["compare", "lora", "--demo", "--lr-grid", "1e-3,high"], "--lr-grid 1e-3,high is no list of numbers"),
     "rank of merged": (["export", "x", "--out", "y", "--to", "merged", "--rank", "3"], "merged weights have none"),
     "check of merged": (["export", "x", "--out", "y", "--to", "merged", "--check", "vllm"], "--check is an option of"),
     "no adapter": (["inspect", "absent"], "there is no directory absent"),

@@ -121,3 +121,18 @@ def base_bytes(model: nn.Module) -> dict[str, bytes]:
         for name, tensor in model.state_dict().items()
         if "ATLAS_" not in name
     }
+
+
+def distance(steps: int, config: AtlasConfig, target: Tensor, weight: Tensor) -> float:
+    """||W' - target||^2 / ||W - target||^2 after `steps` steps of AdamW at 1e-2 on it."""
+    base = nn.Sequential(nn.Linear(16, 16, bias=False, dtype=torch.float64))
+    base[0].weight.data.copy_(weight)
+    torch.manual_seed(0)
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.0)
+    eye = torch.eye(16, dtype=torch.float64)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (model(eye).T - target).square().sum().backward()
+        optimizer.step()
+    return float((model(eye).T - target).detach().square().sum() / (weight - target).square().sum())

@@ -11,10 +11,13 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
     from loratlas.adapters.lora import AtlasLoraConfig
     from loratlas.adapters.lora_ga import LoraGAConfig
+    from loratlas.adapters.lora_sb import LoraSBConfig, LoraXSConfig
+    from loratlas.adapters.nlora import NLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
@@ -30,10 +33,14 @@ __version__ = "0.1.0"
 __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
+    "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
     "LoLDUConfig",
     "LoraGAConfig",
+    "LoraSBConfig",
+    "LoraXSConfig",
+    "NLoraConfig",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
@@ -52,6 +59,10 @@ _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
+    "LamdaConfig": "loratlas.adapters.lamda",
+    "LoraSBConfig": "loratlas.adapters.lora_sb",
+    "LoraXSConfig": "loratlas.adapters.lora_sb",
+    "NLoraConfig": "loratlas.adapters.nlora",
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",

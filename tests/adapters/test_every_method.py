@@ -22,8 +22,13 @@ from loratlas.engine.method import View
 from loratlas.engine.ops import kind_of, op_for
 
 ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.entry.startswith("loratlas.")}
-SMALL: dict[str, dict[str, Any]] = {"srlora": {"r_target": 12}, "salt": {"scale_ratio": 0.4}}
-MOVED: set[str] = set()
+SMALL: dict[str, dict[str, Any]] = {
+    "lora-sb": {"init_lr": 0.01},
+    "lora-xs": {"init_std": 0.01},
+    "salt": {"scale_ratio": 0.4},
+    "srlora": {"r_target": 12},
+}
+MOVED = {"lora-sb", "lora-xs", "nlora"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 

@@ -118,10 +118,17 @@ def test_exhaustion_resvd_goes_on_with_the_frozen_part() -> None:
 
 def test_more_rank_than_directions_is_clamped_with_one_warning() -> None:
     with pytest.warns(UserWarning, match="rank 8 exceeds the 5 useful directions of 0") as caught:
-        model = low_rank_model(5, r=8, r_target=16)
+        model = low_rank_model(5, r=8, r_target=12)
     assert len(caught) == 1
     assert view(model, "0").A.shape == (5, 12)
     assert model.peft_config["default"].rank_pattern == {"^0": 5}
+
+
+def test_a_target_beyond_the_layers_directions_is_clipped_and_said() -> None:
+    with pytest.warns(UserWarning, match="r_target=99 exceeds the 12 directions of a 16 x 12 layer"):
+        model = adapted("srlora", r_target=99)
+    for t in views(model):
+        assert t.r + t.RA.shape[0] == min(t.op.shape)
 
 
 @pytest.mark.parametrize("gamma", [0.25, 0.5, 1.0])

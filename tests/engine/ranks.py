@@ -119,18 +119,20 @@ class Rank:
     @contextmanager
     def other_svd(self, rank: int) -> Iterator[None]:
         """The second rank finds the opposite signs, and only `rank` directions worth having."""
-        svd, count = srlora.top_svd, srlora.numerical_rank
 
-        def negated(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-            u, s, vh = svd(*args, **options)
-            return -u, s, -vh
+        def negated(svd: Any) -> Any:
+            def found(*args: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+                u, s, vh = svd(*args, **options)
+                return -u[:, :rank], s[:rank], -vh[:rank]
+
+            return found
 
         if self.number == 0:
             yield
         else:
             with (
-                mock.patch.object(srlora, "top_svd", negated),
-                mock.patch.object(srlora, "numerical_rank", lambda *args: min(count(*args), rank)),
+                mock.patch.object(srlora, "usable_svd", negated(srlora.usable_svd)),
+                mock.patch.object(srlora, "top_svd", negated(srlora.top_svd)),
             ):
                 yield
 

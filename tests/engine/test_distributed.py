@@ -132,7 +132,7 @@ REFUSED = {
     "sharded start": r"module base_model\.model\.first started differently on some ranks.* call \S+same_start\(model\)",
     "parts": r"2 tensors of the adapter are sharded, .*ATLAS_SRLORA_A.*: pass save_pretrained .*whole_state_dict",
     "inplace": r"fuse_mode='inplace' needs a dense working copy .* use fuse_mode='difference'",
-    "half": r"in torch\.bfloat16 and their starts in torch\.float32.* leave MixedPrecisionPolicy\.param_dtype unset",
+    "half": r"in torch\.bfloat16 and its fixed tensors in .* leave MixedPrecisionPolicy\.param_dtype unset",
     "loss": r"srlora adds a term to the loss .* use DistributedDataParallel",
     **{f"{what} {original}": FSDP1 for what in ("flat", "inside") for original in (True, False)},
 }

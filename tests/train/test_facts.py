@@ -13,7 +13,7 @@ from huggingface_hub import metadata_load
 
 from loratlas import UserError
 from loratlas.analysis.adapter_folder import read_adapter
-from loratlas.catalog import systems
+from loratlas.catalog import find, systems
 from loratlas.engine.export import export_lora
 from loratlas.train.adapted import load_adapted
 from loratlas.train.facts import Facts
@@ -93,7 +93,7 @@ def test_the_written_recipe_repeats_the_run_bit_for_bit(work: Work, tmp_path: Pa
     first = train(work, tmp_path / "run-a", "srlora", options={"r": 2})
     recipe = read_recipe(tmp_path / "run-a" / "config.yaml")
     assert (recipe.task, recipe.metric, recipe.max_length) == ("text-classification", "accuracy", 128)
-    assert (recipe.learning_rate, recipe.eval_every) == (0.002, 2)
+    assert (recipe.learning_rate, recipe.eval_every) == (find("srlora").lr, 2)
     assert recipe.options["target_modules"] == "all-linear"
     again = recipe.work()
     second = run(recipe.spec(str(tmp_path / "run-b"), again.base), again.load())

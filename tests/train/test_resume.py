@@ -160,7 +160,8 @@ def test_a_run_is_resumed_as_itself_only(bert: str, reviews: TaskData, rows: str
     for changed, said in (
         ({"steps": 12}, "steps was 9 and is 12"),
         ({"method": "lora"}, "method was 'srlora' and is 'lora'"),
-        ({"options": {"r": 2, "gamma": 0.5}}, r"options was \{'r': 2\} and is \{'r': 2, 'gamma': 0.5\}"),
+        ({"options": {"r": 2, "gamma": 0.25}}, r"options\.gamma was 0\.5 and is 0\.25; resume"),
+        ({"options": {"r": 2, "r_target": 9}}, r"options\.r_target was None and is 9"),
         ({"learning_rate": 1e-3, "seed": 1}, r"learning_rate was 0\.01 and is 0\.001, seed was 0 and is 1"),
         ({"eval_every": 3}, "eval_every was 1 and is 3"),
     ):
@@ -174,7 +175,8 @@ def test_a_run_is_resumed_as_itself_only(bert: str, reviews: TaskData, rows: str
         run(begun, shuffled, resume=True)
     moved = tmp_path / "moved"
     (tmp_path / "a").rename(moved)
-    assert run(replace(begun, output_dir=str(moved), save_every=None), reviews, resume=True).final >= 0
+    free = {"output_dir": str(moved), "save_every": None, "options": {"r": 2, "gamma": 0.5}}  # its default, written out
+    assert run(replace(begun, **free), reviews, resume=True).final >= 0
 
 
 def test_two_writers_do_not_share_a_folder(bert: str, reviews: TaskData, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from loratlas.engine import pairs
-from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.method import Factors, LowRankMethod, View
 from loratlas.engine.registry import adapter
-from loratlas.linalg.svd import numerical_rank, top_svd
+from loratlas.linalg.factorise import usable_svd
 
 
 class Lora(LowRankMethod):
@@ -40,13 +40,9 @@ class Lora(LowRankMethod):
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
         if t.cfg.init_weights == "pissa":
-            if t.r > min(t.op.shape):
-                return min(t.op.shape)
-            matrix = weight()
-            u, s, vh = top_svd(matrix, t.r, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
-            usable = max(1, numerical_rank(s, *matrix.shape))
-            if usable < t.r:
-                return usable
+            u, s, vh = usable_svd(weight(), t.r, **t.cfg.svd_options())
+            if len(s) < t.r:
+                return len(s)
             pairs.start(t, *pairs.principal_factors(u, s, vh, t.scaling))
         else:
             random_start(t.A, t.B, embedding=t.op.kind == "embedding", identity=bool(t.cfg.init_weights))
@@ -73,7 +69,7 @@ def random_start(a: Tensor, b: Tensor, *, embedding: bool, identity: bool) -> No
 
 @adapter(Lora())
 @dataclass
-class AtlasLoraConfig(AtlasConfig):
+class AtlasLoraConfig(SvdConfig):
     """Plain LoRA on the engine, with PiSSA's start as an option.
 
     Scaling s = alpha / r, or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732). The defaults are those of PEFT's
@@ -89,13 +85,7 @@ class AtlasLoraConfig(AtlasConfig):
         "True: A kaiming uniform, B zero. 'pissa': top-r singular directions of W. False: both random (for tests).",
     )
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
-    svd_method: str = knob("auto", "SVD of the PiSSA start: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
-    svd_niter: int = knob(8, "Power iterations of svd_method='lowrank'.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.init_weights in (True, False, "pissa"), "init_weights", "True, False or 'pissa'")
-        self._require(
-            self.svd_method in ("auto", "full", "gram", "lowrank"), "svd_method", "auto, full, gram or lowrank"
-        )
-        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")

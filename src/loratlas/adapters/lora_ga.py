@@ -26,10 +26,10 @@ from torch import Tensor
 
 from loratlas.adapters.lora import Lora, random_start
 from loratlas.engine import pairs
-from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.method import View
 from loratlas.engine.registry import adapter
-from loratlas.linalg.svd import METHODS, top_svd
+from loratlas.linalg.svd import top_svd
 
 DIRECTIONS = ("ArB2r", "A2rBr", "ArBr", "random")
 SCALES = ("stable", "gd", "unit", "weightS")
@@ -62,7 +62,7 @@ class LoraGA(Lora):
 def start_factors(t: View, gradient: Tensor, weight: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
     """A* (r, in) and B* (out, r) for the gradient G (out, in)."""
     cfg = t.cfg
-    u, s, vh = top_svd(gradient, 2 * t.r, method=cfg.svd_method, niter=cfg.svd_niter, seed=cfg.seed)
+    u, s, vh = top_svd(gradient, 2 * t.r, **cfg.svd_options())
     for_a, for_b = (index.to(u.device) for index in halves(cfg.direction, t.r, cfg.seed))
     if cfg.peft_compat:
         for_b = for_a if cfg.direction == "random" else for_b
@@ -109,7 +109,7 @@ def halves(direction: str, r: int, seed: int) -> tuple[Tensor, Tensor]:
 
 @adapter(LoraGA())
 @dataclass
-class LoraGAConfig(AtlasConfig):
+class LoraGAConfig(SvdConfig):
     """LoRA-GA. Call `loratlas.calibrate(model, config, batches, steps=N)` before `get_peft_model`.
 
     Defaults are the paper's: r = 8, alpha = 16, scaling alpha / sqrt(r); 64 steps with two samples each.
@@ -137,6 +137,4 @@ class LoraGAConfig(AtlasConfig):
         self._require(self.direction in DIRECTIONS, "direction", f"one of {', '.join(DIRECTIONS)}")
         self._require(self.scale in SCALES, "scale", f"one of {', '.join(SCALES)}")
         self._require(self.stable_gamma > 0, "stable_gamma", "positive")
-        self._require(self.svd_method in METHODS, "svd_method", f"one of {', '.join(METHODS)}")
-        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")
         self._require(not (self.norm_clip and self.peft_compat), "norm_clip", "False with peft_compat=True")

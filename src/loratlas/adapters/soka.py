@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.method import Method, View
 from loratlas.engine.registry import adapter
 from loratlas.linalg import kronecker
@@ -58,9 +58,7 @@ class SoKA(Method):
         shape = self.factor_shape(cfg, t.op.shape[1], t.op.shape[0])
         source = t.statistics["gradient"].to(t.A) if cfg.source == "gradient" else weight()
         terms = min(t.r, shape.m * shape.n, shape.p * shape.q)
-        u, s, v = kronecker.kronecker_svd(
-            source, shape, terms, method=cfg.svd_method, niter=cfg.svd_niter, seed=cfg.seed
-        )
+        u, s, v = kronecker.kronecker_svd(source, shape, terms, **cfg.svd_options())
         if cfg.rank_rule:
             terms = max(min(cfg.r_min, terms), self.worth_keeping(cfg, s, float(source.double().square().sum())))
         if terms < t.r:
@@ -103,7 +101,7 @@ class SoKA(Method):
 
 @adapter(SoKA())
 @dataclass
-class SoKAConfig(AtlasConfig):
+class SoKAConfig(SvdConfig):
     """SoKA. The paper's rank rule and training details are reconstructed; each is an option.
 
     Raises:
@@ -127,8 +125,6 @@ class SoKAConfig(AtlasConfig):
         True, "Take the starting terms out of W, so that the function is kept; False adds them on top (source weight)."
     )
     extra_terms: int = knob(0, "Further terms with A random and B zero (ours), to learn what W has nothing of.")
-    svd_method: str = knob("auto", "SVD of the rearranged W: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
-    svd_niter: int = knob(8, "Power iterations of svd_method='lowrank'.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -139,7 +135,3 @@ class SoKAConfig(AtlasConfig):
         self._require(1 <= self.r_min <= self.r, "r_min", f"between 1 and r={self.r}")
         self._require(self.source in ("weight", "gradient"), "source", "'weight' or 'gradient'")
         self._require(self.extra_terms >= 0, "extra_terms", "at least 0")
-        self._require(
-            self.svd_method in ("auto", "full", "gram", "lowrank"), "svd_method", "auto, full, gram or lowrank"
-        )
-        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")

@@ -15,6 +15,7 @@ written.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from loratlas.engine import pairs
-from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
 from loratlas.engine.method import Factors, LowRankMethod, View
@@ -31,6 +32,7 @@ from loratlas.engine.moments import age_correction, treat_moments
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import is_sharded, whole
 from loratlas.errors import UserError
+from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
 SCORES = ("IA", "QA", "IB", "QB")
@@ -100,15 +102,17 @@ class SRLora(LowRankMethod):
     # ----------------------------------------------------------------------------------------------------- start
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
-        if t.r > min(t.op.shape):
-            return min(t.op.shape)
         wanted = self.r_target(t.cfg, t.r, t.op.shape)
-        matrix = weight()
-        u, s, vh = top_svd(matrix, wanted, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
-        usable = max(1, numerical_rank(s, *matrix.shape))  # a direction with sigma = 0 is a slot without gradient
-        if usable < t.r:
-            return usable
-        down, up = pairs.principal_factors(u[:, :usable], s[:usable], vh[:usable], t.scaling)
+        u, s, vh = usable_svd(weight(), wanted, **t.cfg.svd_options())
+        if len(s) < t.r:
+            return len(s)
+        if t.cfg.r_target is not None and t.cfg.r_target > min(t.op.shape):
+            warnings.warn(
+                f"SRLoRA: r_target={t.cfg.r_target} exceeds the {min(t.op.shape)} directions of a {t.op.shape[0]} x "
+                f"{t.op.shape[1]} layer; such layers visit those.",
+                stacklevel=2,
+            )
+        down, up = pairs.principal_factors(u, s, vh, t.scaling)
         pairs.start(t, down[: t.r], up[:, : t.r])
         t.grow("RA", down[t.r :].to(t.RA).clone())
         t.grow("RB", up[:, t.r :].to(t.RB).clone())
@@ -251,7 +255,7 @@ class SRLora(LowRankMethod):
     def redecompose(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """exhaustion="resvd": the top directions of the frozen part as it is now, W + s (H - B* A*)."""
         frozen = pairs.folded_weight(t, whole(t.layer.base_matrix()))
-        triplets = top_svd(frozen, count, method=t.cfg.svd_method, niter=t.cfg.svd_niter, seed=t.cfg.seed)
+        triplets = top_svd(frozen, count, **t.cfg.svd_options())
         u, s, vh = map(ctx.agree, triplets)
         usable = numerical_rank(s, *frozen.shape)
         return pairs.principal_factors(u[:, :usable], s[:usable], vh[:usable], t.scaling)
@@ -259,7 +263,7 @@ class SRLora(LowRankMethod):
 
 @adapter(SRLora())
 @dataclass
-class SRLoraConfig(AtlasConfig):
+class SRLoraConfig(SvdConfig):
     """SRLoRA. Defaults are the sheet's; what the paper does not say is marked as a choice in the docs.
 
     Training needs `loratlas.attach(model, optimizer, total_steps=N)` or `LifecycleCallback` in a Trainer; without it
@@ -288,8 +292,6 @@ class SRLoraConfig(AtlasConfig):
         "difference",
         "'difference': exact everywhere. 'inplace': train over a dense working copy of W (faster, more memory).",
     )
-    svd_method: str = knob("auto", "SVD of W: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
-    svd_niter: int = knob(8, "Power iterations of svd_method='lowrank'.")
     exhaustion: str = knob(
         "stop", "When a layer has no unused direction left: 'stop' its events, or 'resvd' of its frozen part (ours)."
     )
@@ -304,7 +306,6 @@ class SRLoraConfig(AtlasConfig):
         for name in ("beta1", "beta2"):
             self._require(0.0 <= getattr(self, name) < 1.0, name, "in [0, 1)")
         self._require(self.total_step is None or self.total_step >= 1, "total_step", "at least 1")
-        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")
         for name, allowed in _CHOICES.items():
             self._require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
 
@@ -315,7 +316,6 @@ _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "score_reset": ("all", "replaced"),
     "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),
     "fuse_mode": ("difference", "inplace"),
-    "svd_method": ("auto", "full", "gram", "lowrank"),
     "exhaustion": ("stop", "resvd"),
     "reservoir_device": (None, "cpu"),
 }

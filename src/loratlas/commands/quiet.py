@@ -15,6 +15,7 @@ def quiet_libraries() -> None:
     os.environ.setdefault("DATASETS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning,ignore::DeprecationWarning")  # for our own processes
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the warning about forks means nothing to a user
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from loratlas.engine.model import AtlasModel
+from loratlas.engine.model import AtlasModel, targeted
 from loratlas.engine.ops import Op, kind_of, op_for
 from loratlas.errors import UserError
 
@@ -196,12 +196,7 @@ def _targets(model: nn.Module, config: Any, gather: Sequence[str]) -> list[_Targ
         wanted.target_modules = AtlasModel.target_module_mapping.get(architecture)
     if wanted.target_modules is None:
         raise UserError("calibrate: target_modules is not set, so there is no layer to look at.")
-    wanted = _maybe_include_all_linear_layers(wanted, model)
-    found = [
-        _target(path, module, gather)
-        for path, module in model.named_modules()
-        if path and check_target_module_exists(wanted, path)
-    ]
+    found = [_target(path, module, gather) for path, module in targeted(model, wanted)]
     if not found:
         raise UserError(f"calibrate: target_modules={config.target_modules} match nothing in the model.")
     return found

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from loratlas.errors import UserError
 from loratlas.files import sha256
+from loratlas.linalg.svd import METHODS
 
 
 def knob(default: Any, help: str, **extra: Any) -> Any:
@@ -109,6 +110,27 @@ class AtlasConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         config.tensors_sha256 = None  # what trains from here on is no longer that file
         return config
+
+
+@dataclass
+class SvdConfig(AtlasConfig):
+    """What the methods share whose start is a truncated SVD.
+
+    Raises:
+        UserError: a field is out of its range.
+    """
+
+    svd_method: str = knob("auto", "SVD of the start: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
+    svd_niter: int = knob(8, "Power iterations of svd_method='lowrank'.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.svd_method in METHODS, "svd_method", f"one of {', '.join(METHODS)}")
+        self._require(self.svd_niter >= 0, "svd_niter", "at least 0")
+
+    def svd_options(self) -> dict[str, Any]:
+        """Arguments of `linalg.factorise.usable_svd`."""
+        return {"method": self.svd_method, "niter": self.svd_niter, "seed": self.seed}
 
 
 def check_tensors(path: str | os.PathLike[str], checksum: str | None) -> None:

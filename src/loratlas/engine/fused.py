@@ -7,10 +7,10 @@ Backward, with g = dL/dy, n = g U^T and h = d(x) A^T:
 
     dL/dx = g W + d'(n D)      dL/dA = (n_1 + n_2)^T d(x)      dL/dB = g^T h      dL/db = sum g
 
-where n_1 and n_2 are the columns of A and of A - A*. Saved for backward: x in its own dtype (shared by q, k and v),
-h, which is as narrow as A, and, with dropout, one bit an element of x. There is no dropped copy of x and no copy of x
-in another dtype. The factors come in the adapter's dtype (fp32): differences are taken there, then each is cast once.
-U is laid out with long rows, because all products with it are then 1.3 to 3 times as fast on a CPU.
+where n_1 and n_2 are the columns of A and of A - A*. Saved for backward: x in its own dtype (shared by q, k and v) if
+A trains, h, which is as narrow as A, and, with dropout, one bit an element of x. There is no dropped copy of x and no
+copy of x in another dtype. The factors come in the adapter's dtype (fp32): differences are taken there, then each is
+cast once. U is laid out with long rows, because all products with it are then 1.3 to 3 times as fast on a CPU.
 """
 
 from __future__ import annotations
@@ -88,7 +88,9 @@ class _FusedLinear(torch.autograd.Function):
         y.view(-1, y.shape[-1]).addmm_(hidden, all_up)
 
         live = factors.down.shape[0]
-        ctx.save_for_backward(x, weight, all_down, all_up, hidden[:, :live].contiguous(), bits)
+        kept_x = x if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(kept_x, weight, all_down, all_up, hidden[:, :live].contiguous(), bits)
+        ctx.shape = x.shape
         ctx.has_start = factors.start_down is not None
         ctx.dtypes = (factors.down.dtype, factors.up.dtype, None if bias is None else bias.dtype)
         return y
@@ -99,8 +101,7 @@ class _FusedLinear(torch.autograd.Function):
             x, weight, all_down, all_up, hidden, bits = ctx.saved_tensors
             want_x, _, want_bias, _, want_down, want_up = ctx.needs_input_grad[:6]
             g = grads[0].reshape(-1, grads[0].shape[-1])
-            rows = x.reshape(-1, x.shape[-1])
-            keep = None if bits is None else bitmask.unpack(bits, rows)
+            keep = None if bits is None else bitmask.unpack(bits, g.new_empty((len(g), ctx.shape[-1])))
             narrow = g @ all_up.T
             if keep is not None:
                 narrow.div_(ctx.stays)
@@ -109,8 +110,9 @@ class _FusedLinear(torch.autograd.Function):
                 d_rows = narrow @ all_down
                 if keep is not None:
                     d_rows.mul_(keep)
-                d_x = d_rows.addmm_(g, weight).view_as(x)
+                d_x = d_rows.addmm_(g, weight).view(ctx.shape)
             if want_down:
+                rows = x.reshape(-1, x.shape[-1])
                 r = hidden.shape[1]
                 of_a = narrow[:, :r] + narrow[:, r : 2 * r] if ctx.has_start else narrow[:, :r]
                 d_down = (of_a.T @ (rows if keep is None else keep.mul_(rows))).to(ctx.dtypes[0])

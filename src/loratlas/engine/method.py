@@ -17,7 +17,7 @@ work by themselves. Weights are seen as one canonical (out, in) matrix whatever 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ class Method:
     Class attributes:
         name: slug in the catalogue; the PEFT type is ATLAS_<NAME>.
         kinds: layer kinds that are supported, of "linear", "conv1d", "conv2d", "embedding".
-        params: trainable tensors; their names are the checkpoint names.
+        params: trainable tensors; their names are the checkpoint names. `frozen` may take some out for a config.
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
@@ -138,6 +138,18 @@ class Method:
     def rank_in(self, cfg: Any, tensors: dict[str, Tensor]) -> int | None:
         """Rank of a saved layer where its tensors say more than the config, which may be older; None: the config's."""
         return None
+
+    def frozen(self, cfg: Any) -> tuple[str, ...]:
+        """Names in `params` that this config does not train. What no config trains belongs into `buffers`."""
+        return ()
+
+    def ranks(self, cfg: Any, weights: Mapping[str, Callable[[], Tensor]]) -> dict[str, int]:
+        """Ranks of single layers by a rule that looks at all of them, {module path: r}; others have the config's r.
+
+        weights: the canonical weight of every layer that is about to be adapted and has no rank of its own in
+        `rank_pattern`, by path.
+        """
+        return {}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         """{buffer name: dtype} of the buffers that are not floating point."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
-import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -21,6 +26,7 @@ from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig, warn_once
 from loratlas.engine.layer import BASE, AtlasLayer
+from loratlas.engine.loading import place
 from loratlas.engine.method import Method
 from loratlas.engine.ops import kind_of
 from loratlas.engine.sharded import is_sharded
@@ -83,6 +89,18 @@ class AtlasModel(BaseTuner):
                 if kind_of(module, quantization) in self.layer_classes
             }
         )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        if not self.method.overrides("ranks") or peft_config.initialized:
+            return
+        pattern = peft_config.rank_pattern
+        weights = {}
+        for path, target in targeted(model, peft_config):
+            if get_pattern_key(list(pattern), path) not in pattern:
+                layer = target if isinstance(target, AtlasLayer) else self._wrap(target, path)
+                weights[path] = layer.base_matrix
+        chosen = self.method.ranks(peft_config, weights)
+        peft_config.rank_pattern = {**pattern, **{f"^{path}": r for path, r in chosen.items()}}
 
     def _create_and_replace(
         self,
@@ -219,55 +237,11 @@ class AtlasModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Strict loading: every tensor of the adapter must be in the file, in its shape; only growing buffers adapt."""
+        """PEFT's names for the tensors of the file, once `loading` has found a place for each."""
         mapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        prefix = "base_model.model."
-        missing, matched, expected = [], 0, set[str]()
-        misshapen: list[str] = []
-        resized: list[tuple[Any, Tensor]] = []
-        for path, layer in atlas_layers(model, adapter_name):
-            keys = {
-                n: f"{path}.{layer.prefix}{n}.{adapter_name}" for n in (*layer.method.params, *layer.buffer_names())
-            }
-            found = {name: mapped.get(key, mapped.get(prefix + key)) for name, key in keys.items()}
-            layer.fit(adapter_name, {name: value for name, value in found.items() if value is not None})
-            for name, key in keys.items():
-                store, value = layer.store(name), found[name]
-                if adapter_name not in store:
-                    continue
-                expected |= {key, prefix + key}
-                if value is None:
-                    missing.append(key)
-                    continue
-                own = store[adapter_name]
-                if value.shape != own.shape:
-                    if name not in layer.method.growing:
-                        shapes = f"{tuple(value.shape)}, but this model and config need {tuple(own.shape)}"
-                        misshapen.append(f"{key} has shape {shapes}")
-                        continue
-                    resized.append((store, torch.zeros(value.shape, dtype=own.dtype, device=own.device)))
-                matched += 1
-        surplus = [key for key in mapped if f".{cls.prefix}" in key and key not in expected]
-        counts = f"matched {matched}, missing {len(missing)}, unexpected {len(surplus)}"
-        if misshapen:
-            raise UserError(
-                f"adapter file: {misshapen[0]} ({counts}); load it on the base model and with the adapter_config.json "
-                "it was trained with."
-            )
-        if missing:
-            raise UserError(
-                f"adapter file: tensors are missing ({counts}), the first is {missing[0]}; the file belongs to another "
-                "model or method, or was cut short."
-            )
-        if surplus:
-            raise UserError(
-                f"adapter file: tensors have no place in this model, the first is {surplus[0]} ({counts}); load it on "
-                "the base model and with the adapter_config.json it was trained with."
-            )
-        for store, room in resized:
-            store[adapter_name] = room
+        place(atlas_layers(model, adapter_name), adapter_name, cls.prefix, mapped)
         return mapped
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -305,6 +279,15 @@ def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     """(module path, layer) of every adapted layer, of those that carry `adapter` if one is named."""
     for path, module in model.named_modules():
         if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
+            yield path, module
+
+
+def targeted(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:
+    """(path, module) of everything that `config` asks to adapt, as PEFT will find it."""
+    wanted = _maybe_include_all_linear_layers(copy.copy(config), model)
+    adapted = tuple(f"{path}." for path, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    for path, module in model.named_modules():
+        if path and not path.startswith(adapted) and check_target_module_exists(wanted, path):
             yield path, module
 
 

@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from loratlas.engine.method import Factors, View
-from loratlas.engine.sharded import from_rank0, put_, whole
-from loratlas.errors import UserError
+from loratlas.engine.sharded import from_rank0, put_, refuse_cast, whole
 from loratlas.linalg.lowrank import compress
 
 TENSORS = ("A", "B")
@@ -47,12 +46,8 @@ def principal_factors(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple
 
 def difference(t: View) -> Factors:
     """The live pairs' update in difference form, s (B A - B* A*); without starts (plain LoRA) s B A."""
-    if t.A0 is not None and t.A.dtype != t.A0.dtype:
-        raise UserError(
-            f"the adapter's parameters reach the forward in {t.A.dtype} and their starts in {t.A0.dtype}, so that "
-            "nothing is left of their difference: under FSDP2 leave MixedPrecisionPolicy.param_dtype unset "
-            "(mixed_precision: no) and load the base model in bfloat16, which leaves the adapter in float32."
-        )
+    if t.A0 is not None:
+        refuse_cast(t.A, t.A0)
     return Factors(t.A, _scaled(t, t.B), start_down=t.A0, start_up=_scaled(t, t.B0))
 
 

@@ -39,7 +39,8 @@ def adapter(method: Method) -> Callable[[C], C]:
         if taken is not None and taken.__module__ != config_class.__module__:
             raise RuntimeError(f"PEFT type {name.upper()} is already registered by {taken.__module__}.")
         # Upper case, because third-party code takes every key with "lora_" in it for stock LoRA.
-        prefix = name.upper() + "_"
+        # No underscore within, because PEFT looks for prefixes as substrings: that of lora may not occur in lora-xs's.
+        prefix = "ATLAS_" + method.name.replace("-", "").upper() + "_"
         # named as the public class, so that saved configs and reprs read well
         stem = config_class.__name__.removesuffix("Config")
         family = type(f"{stem}Layer", (AtlasLayer,), {"method": method, "prefix": prefix})

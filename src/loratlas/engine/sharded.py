@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from loratlas.errors import UserError
+
 if dist.is_available():
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
@@ -34,6 +36,16 @@ def is_sharded(t: Any) -> TypeGuard[DTensor]:
 def several_ranks() -> bool:
     """Whether this process is one of several that work together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def refuse_cast(parameter: Tensor, kept: Tensor) -> None:
+    """Raise `UserError` if a forward sees `parameter` in another dtype than `kept`, a buffer that belongs to it."""
+    if parameter.dtype != kept.dtype:
+        raise UserError(
+            f"the adapter's parameters reach the forward in {parameter.dtype} and its fixed tensors in {kept.dtype}, "
+            "so that nothing is left of their difference: under FSDP2 leave MixedPrecisionPolicy.param_dtype unset "
+            "(mixed_precision: no) and load the base model in bfloat16, which leaves the adapter in float32."
+        )
 
 
 def local(t: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ def top_svd(
         niter: power iterations of "lowrank", >= 0. Error shrinks as (sigma_(k+oversample+1) / sigma_k)^(2 niter + 1).
         oversample: extra directions that "lowrank" carries, >= 1. None means max(k, 8). On 768x768 with
             sigma_i = i^-0.5, k = 64, that finds sigma to 3e-6; with 16 the error is 2e-3, with 1 it is 3e-2.
-        seed: of the private generator of "gram" and "lowrank", drawn on the CPU. The global generator is
-            neither read nor moved.
+        seed: of the private generator of "gram" and "lowrank", drawn on the CPU. The global generator is neither read
+            nor moved.
 
     Returns:
         U (m, k), S (k,) descending, Vh (k, n) on weight's device, detached; float64 for a float64 weight and float32

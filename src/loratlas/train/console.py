@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import textwrap
 from types import TracebackType
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
@@ -16,7 +18,10 @@ from rich.text import Text
 from loratlas.train.facts import Facts
 from loratlas.train.progress import Progress
 from loratlas.train.results import Comparison, RunResult
-from loratlas.train.wording import headings, ranked, row_cells
+from loratlas.train.wording import headings, noise_line, ranked, row_cells, verdict_line
+
+_FULL_BARS = 8  # kept on the screen
+_HEADING = 12  # characters of a column's title in a line
 
 
 class ConsoleProgress(Progress):
@@ -47,11 +52,19 @@ class ConsoleProgress(Progress):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._bars.stop()
 
+    def described(self, description: str) -> None:
+        self._console.print(description, markup=False)
+
     def prepared(self, known: Facts) -> None:
         for sentence in known.sentences():
             self._console.print(sentence, markup=False)
 
+    def one_run(self) -> ConsoleProgress:
+        """Shares the bars, but has a bar and a name of its own."""
+        return copy.copy(self)
+
     def started(self, label: str, steps: int) -> None:
+        self._hide_old()
         self._label = label
         self._task = self._bars.add_task(escape(label), total=steps, loss="-", metric="")
         self._line(f"{label}: {steps} steps")
@@ -70,6 +83,12 @@ class ConsoleProgress(Progress):
                 "before is kept."
             )
 
+    def _hide_old(self) -> None:
+        """Keep only the newest of the bars that are full, so that a long comparison does not fill the screen."""
+        full = [task.id for task in self._bars.tasks if task.finished and task.visible]
+        for old in full[:-_FULL_BARS]:
+            self._bars.update(old, visible=False)
+
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
             self._console.print(text, markup=False)
@@ -81,14 +100,20 @@ class _Rate(ProgressColumn):
         return Text("" if not speed else f"{speed:.1f} steps/s" if speed >= 1 else f"{1 / speed:.1f} s/step")
 
 
-def leaderboard(comparison: Comparison) -> Table:
-    """The comparison as a table, best first, its notes below."""
+def leaderboard(comparison: Comparison) -> Group:
+    """The comparison as a table, best first; the verdict and the notes below."""
     value = comparison.to_dict()
-    table = Table(title=escape(comparison.task), title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.caption = escape("\n".join(comparison.notes))
-    table.caption_justify = "left"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, title in enumerate(headings(value)):
-        table.add_column(escape(title), justify="left" if index == 0 else "right")
-    for place, row in enumerate(ranked(value)):
-        table.add_row(*map(escape, row_cells(row)), style="bold" if place == 0 and len(comparison.rows()) > 1 else None)
-    return table
+        # wrapped here, because Rich would rather break the numbers
+        head = "\n".join(textwrap.wrap(title, _HEADING))
+        table.add_column(escape(head), justify="left" if index == 0 else "right")
+    for row in ranked(value):
+        best = row["method"] == value["verdict"]["winner"]
+        table.add_row(*map(escape, row_cells(value, row)), style="bold" if best else None)
+    below = [Text(verdict_line(value), style="bold"), *(Text(note, style="dim") for note in _notes(value))]
+    return Group(Text(comparison.task, style="italic"), table, *filter(None, below))
+
+
+def _notes(value: dict[str, Any]) -> list[str]:
+    return [noise_line(value), *value["notes"]]

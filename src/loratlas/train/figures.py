@@ -53,8 +53,8 @@ def loss_figure(runs: Sequence[Run]) -> go.Figure:
             line = {"color": color(index), "width": 1}
             figure.add_scatter(x=steps, y=losses, line=line, opacity=0.25, hoverinfo="skip", **_member(label))
         steps, mean, _, _ = _across_seeds(curves)
-        _add_line(figure, index, label, steps, smooth(mean, len(mean) / 20), "lines")
-    return _styled(figure, "step", "training loss")
+        add_line(figure, index, label, steps, smooth(mean, len(mean) / 20), "lines")
+    return styled(figure, "step", "training loss")
 
 
 def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
@@ -77,7 +77,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
                 hoverinfo="skip",
                 **_member(label),
             )
-        _add_line(figure, index, label, steps, mean, "lines+markers")
+        add_line(figure, index, label, steps, mean, "lines+markers")
     finals = [run["final"] for run in runs if run["method"] == baseline and run["final"] is not None]
     if finals:
         figure.add_hline(
@@ -86,7 +86,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
             annotation={"text": f"{html.escape(baseline)}, final", "font": {"color": "#888"}},
             annotation_position="top left",  # where the curves seldom are at that height
         )
-    return _styled(figure, "step", html.escape(metric))
+    return styled(figure, "step", html.escape(metric))
 
 
 def cost_figure(runs: Sequence[Run]) -> go.Figure:
@@ -118,7 +118,7 @@ def cost_figure(runs: Sequence[Run]) -> go.Figure:
         )
     figure.update_yaxes(autorange="reversed")
     figure.update_xaxes(tickangle=0, nticks=4)
-    return _styled(figure, None, None, height=110 + 44 * len(groups))
+    return styled(figure, None, None, height=110 + 44 * len(groups))
 
 
 def recomposition_figure(run: Run) -> go.Figure:
@@ -144,7 +144,7 @@ def recomposition_figure(run: Run) -> go.Figure:
     columns = [(step, slot) for step in steps for slot in (*slots, -1)]
     when = [[moments.get((layer, *column), (None, "")) for column in columns] for layer in layers]
     figure.add_trace(_heat(layers, when), row=1, col=2)
-    _styled(figure, None, None, height=150 + 22 * len(layers))
+    styled(figure, None, None, height=150 + 22 * len(layers))
     bar = {"title": {"text": "times"}, "thickness": 12, "tickformat": "d", "dtick": 1}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, showgrid=False, tickmode="array")
@@ -211,7 +211,7 @@ def _spread(values: Sequence[Sequence[float]], means: Sequence[float]) -> dict[s
     return {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "color": "#888"}
 
 
-def _add_line(figure: go.Figure, index: int, label: str, x: list[int], y: list[float], mode: str) -> None:
+def add_line(figure: go.Figure, index: int, label: str, x: Sequence[float], y: Sequence[float], mode: str) -> None:
     dash = _DASHES[index // len(_PALETTE) % len(_DASHES)]
     name = html.escape(label)
     line = {"color": color(index), "width": 2.5, "dash": dash}
@@ -223,7 +223,7 @@ def _member(label: str) -> dict[str, Any]:
     return {"mode": "lines", "name": html.escape(label), "legendgroup": html.escape(label), "showlegend": False}
 
 
-def _styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) -> go.Figure:
+def styled(figure: go.Figure, x: str | None, y: str | None, height: int = 420) -> go.Figure:
     """Transparent and without a template: the page gives text and grid their colours, for light and dark."""
     figure.update_layout(
         template="none",

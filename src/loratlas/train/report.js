@@ -15,6 +15,10 @@
       Plotly.relayout(plot, change);
     });
   }
+  // drawn while it was folded away, a plot has no width yet
+  document.querySelectorAll("details").forEach(function (fold) {
+    fold.addEventListener("toggle", () => fold.querySelectorAll(".plotly-graph-div").forEach((plot) => Plotly.Plots.resize(plot)));
+  });
   dark.addEventListener("change", paint);
   paint();
 })();

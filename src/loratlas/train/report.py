@@ -8,30 +8,35 @@ import os
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratlas.errors import UserError
 from loratlas.files import write_text
-from loratlas.train.wording import headings, ranked, row_cells
+from loratlas.train.wording import headings, noise_line, ranked, row_cells, verdict_line
 
 Run = dict[str, Any]
 # with this the browser itself refuses whatever is not in the page
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_RUN_TITLES = ("method", "seed", "learning rate", "batch size", "steps", "result", "seconds", "set-up", "options")
+
+
+class Picture(NamedTuple):
+    title: str
+    hint: str
+    figure: Any
+    folded: bool = False
 
 
 def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], command: str = "") -> Path:
     """Write the report of `comparison` to `path`, atomically.
 
     Args:
-        comparison: a JSON-able dictionary with task (one line), metric, greater_is_better, baseline (slug), notes,
-            rows (see `wording`) and runs. A run has method, label, seed, metric, greater_is_better, final, history
-            ([{"step", "loss"}]), evals ([{"step", <metric>}]), trainable_parameters, step_seconds, learning_rate,
-            batch_size, steps, seconds, options, versions, and perhaps setup_seconds and events (see
-            `analysis.recomposition`).
+        comparison: what `results.Comparison.to_dict` gives.
         command: the command line that produced it.
 
-    The page holds the leaderboard, loss and metric curves, costs, a heat map of recompositions for runs that carry
-    `events`, the command that produced it, versions and notes. It loads nothing: plotly is inside.
+    The page holds the leaderboard with its verdict, differences to the baseline, loss and metric curves, costs, the
+    learning-rate search, a heat map of recompositions for runs that carry `events`, the command that produced it,
+    versions and notes. It loads nothing: plotly is inside.
 
     Raises:
         UserError: plotly is not installed, or the comparison has no runs.
@@ -39,7 +44,7 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
     check_plotly()
     from plotly.io import to_html
 
-    from loratlas.train import figures
+    from loratlas.train import figures, verdict_figures
 
     runs = comparison["runs"]
     if not runs:
@@ -47,21 +52,26 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
     labels = list(figures.method_groups(runs))
     colors = {label: figures.color(index) for index, label in enumerate(labels)}
     pictures = [
-        ("Training loss", "Faint: every batch. Strong: smoothed mean.", figures.loss_figure(runs)),
-        (_metric_title(runs), _metric_hint(runs), figures.metric_figure(runs, comparison["baseline"])),
-        ("Result and cost", "Means over seeds.", figures.cost_figure(runs)),
+        *_differences(comparison, verdict_figures.forest_figure),
+        Picture("Training loss", "Faint: every batch. Strong: smoothed mean.", figures.loss_figure(runs)),
+        Picture(_metric_title(runs), _metric_hint(runs), figures.metric_figure(runs, comparison["baseline"])),
+        Picture("Result and cost", "Means over seeds.", figures.cost_figure(runs)),
         *_recompositions(runs, figures.recomposition_figure),
     ]
+    if comparison["search_runs"]:
+        hint = "Every method had the same grid, on rows held out of the training rows. A ring marks the rate taken."
+        pictures.append(Picture("Learning-rate search", hint, verdict_figures.search_figure(comparison), folded=True))
     blocks = []
-    for index, (title, hint, figure) in enumerate(pictures):
+    for index, picture in enumerate(pictures):
         plot = to_html(
-            figure,
+            picture.figure,
             full_html=False,
             include_plotlyjs=index == 0,
-            default_height=f"{figure.layout.height}px",
+            default_height=f"{picture.figure.layout.height}px",
             config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]},
         )
-        blocks.append(_section(title, f'<p class="hint">{_text(hint)}</p><figure>{plot}</figure>'))
+        content = f'<p class="hint">{_text(picture.hint)}</p><figure>{plot}</figure>'
+        blocks.append((_folded if picture.folded else _section)(picture.title, content))
     return write_text(path, _page(comparison, labels, colors, blocks, command))
 
 
@@ -87,9 +97,9 @@ def _page(
 <body>
 <h1>{_text(title)}</h1>
 <p class="lead">{_text(comparison["task"])}</p>
-{_section("Leaderboard", _leaderboard(comparison, colors) + _notes(comparison["notes"]))}
+{_section("Leaderboard", _leaderboard(comparison, colors) + _verdict(comparison) + _notes(comparison["notes"]))}
 {"".join(blocks)}
-{_section("How this was made", _making(comparison["runs"], command))}
+{_section("How this was made", _making(comparison, command))}
 <footer>Written by LoRAtlas. This page is complete in itself and loads nothing from the network.</footer>
 <script>{_resource("report.js")}</script>
 </body>
@@ -100,17 +110,31 @@ def _page(
 def _leaderboard(comparison: dict[str, Any], colors: dict[str, str]) -> str:
     head = "".join(f'<th scope="col">{_text(title)}</th>' for title in headings(comparison))
     body = []
-    for place, row in enumerate(ranked(comparison)):
-        first, *cells = row_cells(row)
+    for row in ranked(comparison):
+        first, *cells = row_cells(comparison, row)
         swatch = f'<span class="swatch" style="background:{colors[row["label"]]}" aria-hidden="true"></span>'
         columns = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-        mark = ' class="best"' if place == 0 else ""
+        mark = ' class="best"' if row["method"] == comparison["verdict"]["winner"] else ""
         body.append(f'<tr{mark}><th scope="row">{swatch}{_text(first)}</th>{columns}</tr>')
-    caption = "Best first. Every method had the same data in the same order and the same number of steps."
+    caption = "Best mean first. Every method had the same data in the same order."
     return (
         f'<div class="scroll"><table><caption>{caption}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def _verdict(comparison: dict[str, Any]) -> str:
+    lines = [("verdict", verdict_line(comparison)), ("hint", noise_line(comparison))]
+    return "".join(f'<p class="{name}">{_text(line)}</p>' for name, line in lines if line)
+
+
+def _differences(comparison: dict[str, Any], draw: Any) -> list[Picture]:
+    found = [row["difference"] for row in comparison["rows"] if row["difference"] is not None]
+    if not found:
+        return []
+    better = "Right is better." if comparison["greater_is_better"] else "Left is better."
+    pairs = "One seed, so no interval." if found[0]["half"] is None else "Lines: 95 % interval, paired by seed."
+    return [Picture("Difference to the baseline", f"{better} {pairs}", draw(comparison))]
 
 
 def _notes(notes: Sequence[str]) -> str:
@@ -127,7 +151,7 @@ def _metric_hint(runs: Sequence[Run]) -> str:
     return f"{better} Line: mean of {seeds} seeds, band: worst to best." if seeds > 1 else f"{better} One seed."
 
 
-def _recompositions(runs: Sequence[Run], draw: Any) -> list[tuple[str, str, Any]]:
+def _recompositions(runs: Sequence[Run], draw: Any) -> list[Picture]:
     """One picture for each method whose runs carry events; the first seed stands for all."""
     shown: dict[str, Run] = {}
     for run in runs:
@@ -138,27 +162,35 @@ def _recompositions(runs: Sequence[Run], draw: Any) -> list[tuple[str, str, Any]
         "in all, right which of them at which step, coloured by how often it was by then. Point at a field for the "
         "directions."
     )
-    return [(f"Recomposed pairs: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
+    return [Picture(f"Recomposed pairs: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
 
 
-def _making(runs: Sequence[Run], command: str) -> str:
+def _making(comparison: dict[str, Any], command: str) -> str:
+    runs = [*comparison["runs"], *comparison["noise_runs"]]
     made_by = f"<p>Command</p><pre>{_text(command)}</pre>" if command else ""
-    titles = ("method", "seed", "learning rate", "batch size", "steps", "seconds", "set-up", "options")
-    rows = [
+    searched = comparison["search_runs"]
+    tables = _details("Every run", _RUN_TITLES, _run_rows(runs))
+    if searched:
+        tables += _details("Every run of the learning-rate search", _RUN_TITLES, _run_rows(searched))
+    versions = sorted(runs[0]["versions"].items())
+    return f"{made_by}{tables}{_details('Versions', ('package', 'version'), versions)}"
+
+
+def _run_rows(runs: Sequence[Run]) -> list[tuple[Any, ...]]:
+    return [
         (
             run["label"],
             run["seed"],
             f"{run['learning_rate']:g}",
             run["batch_size"],
             run["steps"],
+            "not finite" if run["final"] is None else f"{run['final']:.4f}",
             f"{run['seconds']:.0f}",
             f"{run['setup_seconds']:.1f} s" if "setup_seconds" in run else "-",
             ", ".join(f"{key}={value}" for key, value in run["options"].items()) or "defaults",
         )
         for run in runs
     ]
-    versions = sorted(runs[0]["versions"].items())
-    return f"{made_by}{_details('Every run', titles, rows)}{_details('Versions', ('package', 'version'), versions)}"
 
 
 def _details(summary: str, titles: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -172,6 +204,10 @@ def _details(summary: str, titles: Sequence[str], rows: Iterable[Sequence[Any]])
 
 def _section(title: str, content: str) -> str:
     return f"<section><h2>{_text(title)}</h2>{content}</section>"
+
+
+def _folded(title: str, content: str) -> str:
+    return f"<section><details><summary>{_text(title)}</summary>{content}</details></section>"
 
 
 def _text(value: Any) -> str:

@@ -9,6 +9,10 @@ from importlib.metadata import version
 from statistics import fmean
 from typing import Any
 
+from loratlas.train.statistics import NoiseFloor, Verdict, holm, interval, judge, noise_floor, paired
+
+SHIFT = 1000  # seed of a re-run minus seed of the run
+
 
 @dataclass
 class RunResult:
@@ -20,14 +24,17 @@ class RunResult:
         history: [{"step", "loss", "grad_norm", "learning_rate"}] of every step.
         evals: [{"step", "eval_loss", <every metric>}].
         step_seconds: median time of an optimizer step, without evaluations.
+        training_seconds: time of all optimizer steps, without evaluations.
         seconds: time of the whole training, with evaluations.
         setup_seconds: time of making the adapter, with the calibration pass of methods that need one.
         peak_memory_bytes: of set-up and training, see `memory`; None where it is not known.
         events: recompositions of the adapter (see `analysis.recomposition`), empty for most methods.
         diverged_at: step whose loss or gradient was not finite, None if all went well.
-        adapter_dir: the trained adapter, as PEFT saves it.
+        adapter_dir: the trained adapter, as PEFT saves it; empty where it was not kept.
         adapted_modules, scaling, export_rank: see `facts.Facts`.
         labels: names of the classes, None for tasks without.
+        shared: other runs used the machine at the same time, so that times do not compare.
+        forgetting: see `forgetting`, None where it was not measured.
     """
 
     method: str
@@ -57,11 +64,21 @@ class RunResult:
     scaling: tuple[float, float] | None = None
     export_rank: int | None = None
     labels: list[str] | None = None
+    training_seconds: float = 0.0
+    shared: bool = False
+    forgetting: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; a number that is not finite, as a diverged run may have, becomes null."""
         return _finite(asdict(self))
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> RunResult:
+        """What `to_dict` gave; raises TypeError if a field is missing or unknown."""
+        result = cls(**value)
+        result.final = math.nan if result.final is None else result.final
+        return result
 
 
 @dataclass
@@ -70,7 +87,12 @@ class Comparison:
 
     Attributes:
         task: one line about the data. baseline: slug of the method that the others are measured against.
+        runs: those that count. noise_runs: the baseline again, under its seeds + `SHIFT`. search_runs: those of the
+            learning-rate search. timing_runs: those that turned minutes into steps.
+        rates: {slug: learning rate found by the search}.
+        failures: [{"run", "reason"}] of runs that did not come to an end.
         notes: sentences that belong under the leaderboard.
+        complete: no run is left to do.
     """
 
     task: str
@@ -78,29 +100,60 @@ class Comparison:
     greater_is_better: bool
     baseline: str
     runs: list[RunResult] = field(default_factory=list)
+    noise_runs: list[RunResult] = field(default_factory=list)
+    search_runs: list[RunResult] = field(default_factory=list)
+    timing_runs: list[RunResult] = field(default_factory=list)
+    rates: dict[str, float] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    complete: bool = False
+
+    def finals(self) -> dict[str, dict[int, float]]:
+        """{method: {seed: final metric}} of the runs that have one."""
+        result: dict[str, dict[int, float]] = {run.method: {} for run in self.runs}
+        for run in self.runs:
+            if math.isfinite(run.final):
+                result[run.method][run.seed] = run.final
+        return result
+
+    def noise(self) -> NoiseFloor | None:
+        again = {run.seed: run.final for run in self.noise_runs if math.isfinite(run.final)}
+        return noise_floor(self.finals().get(self.baseline, {}), again, SHIFT)
+
+    def verdict(self) -> Verdict:
+        return judge(self.finals(), self.baseline, self.noise(), greater_is_better=self.greater_is_better)
 
     def rows(self) -> list[dict[str, Any]]:
-        """The leaderboard: one row a method, means over seeds, in the order of the runs (columns: `wording`)."""
+        """The leaderboard: one row a method, in the order of the runs (columns: `wording`)."""
         groups: dict[str, list[RunResult]] = {}
         for run in self.runs:
             groups.setdefault(run.method, []).append(run)
-        lora = groups.get("lora") or groups.get("peft-lora")
-        unit = fmean(run.step_seconds for run in lora) if lora else None
-        goal = fmean(run.final for run in groups[self.baseline]) if self.baseline in groups else None
-        return [self._row(runs, unit, goal) for runs in groups.values()]
-
-    def _row(self, runs: list[RunResult], unit: float | None, goal: float | None) -> dict[str, Any]:
-        peaks = [run.peak_memory_bytes for run in runs if run.peak_memory_bytes is not None]
-        return {
-            "method": runs[0].method,
-            "label": runs[0].label,
-            "values": [run.final for run in runs],
-            "trainable_parameters": runs[0].trainable_parameters,
-            "steps_to_baseline": None if goal is None else self._steps_to(goal, runs),
-            "relative_step_time": None if unit is None else fmean(run.step_seconds for run in runs) / unit,
-            "peak_memory_bytes": max(peaks) if peaks else None,
-        }
+        lora = groups.get("lora") or groups.get("peft-lora") or []
+        finals = self.finals()
+        standard = finals.get(self.baseline, {})
+        goal = fmean(standard.values()) if standard else None
+        differences = {slug: paired(own, standard) for slug, own in finals.items() if slug != self.baseline}
+        adjusted = holm({slug: d.p for slug, d in differences.items() if d is not None and d.p is not None})
+        rows = []
+        for slug, runs in groups.items():
+            own = list(finals[slug].values())
+            difference = differences.get(slug)
+            row = {
+                "method": slug,
+                "label": runs[0].label,
+                "values": [run.final for run in runs],
+                "interval": asdict(interval(own)) if own else None,
+                "difference": None if difference is None else {**asdict(difference), "p_holm": adjusted.get(slug)},
+                "learning_rate": runs[0].learning_rate,
+                "steps": runs[0].steps,
+                "trainable_parameters": runs[0].trainable_parameters,
+                "steps_to_baseline": None if goal is None else self._steps_to(goal, runs),
+                "relative_step_time": _relative_time(runs, lora),
+                "peak_memory_bytes": max((run.peak_memory_bytes or 0 for run in runs), default=0) or None,
+                "forgetting": _forgetting(runs),
+            }
+            rows.append(row)
+        return rows
 
     def _steps_to(self, goal: float, runs: list[RunResult]) -> int | None:
         """First evaluated step at which the mean over seeds is at least as good as `goal`."""
@@ -112,8 +165,27 @@ class Comparison:
         return None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, with the rows."""
-        return _finite({**asdict(self), "rows": self.rows()})
+        """As JSON, with the rows, the noise floor and the verdict."""
+        noise = self.noise()
+        value = {**asdict(self), "rows": self.rows(), "noise": asdict(noise) if noise else None}
+        return _finite({**value, "verdict": asdict(self.verdict())})
+
+
+def _relative_time(runs: list[RunResult], lora: list[RunResult]) -> float | None:
+    """Mean step time over LoRA's; None without LoRA, or if a run had to share the machine."""
+    if not lora or any(run.shared for run in (*runs, *lora)):
+        return None
+    return fmean(run.step_seconds for run in runs) / fmean(run.step_seconds for run in lora)
+
+
+def _forgetting(runs: list[RunResult]) -> dict[str, Any] | None:
+    """{"metric", "before", "after", "change"}, the change with its interval over seeds."""
+    found = [run.forgetting for run in runs if run.forgetting is not None]
+    if not found:
+        return None
+    change = interval([each["after"] - each["before"] for each in found])
+    after = fmean(each["after"] for each in found)
+    return {"metric": found[0]["metric"], "before": found[0]["before"], "after": after, "change": asdict(change)}
 
 
 def _finite(value: Any) -> Any:

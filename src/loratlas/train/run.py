@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +95,7 @@ def run(
     *,
     resume: bool = False,
     stop: Stop | None = None,
+    shared: bool = False,
 ) -> RunResult:
     """Train, evaluate, save the adapter with a model card, and write result.json.
 
@@ -107,6 +108,7 @@ def run(
     Args:
         resume: continue from the newest complete checkpoint in `spec.output_dir`, as the run that wrote it.
         stop: asks the run to end with a checkpoint after the step in which `requested` becomes true.
+        shared: other runs use the machine at the same time; the result says so.
 
     Raises:
         UserError: an unknown method or option, a model that cannot be loaded, nothing to resume from, settings or data
@@ -117,11 +119,14 @@ def run(
     with locked(spec.output_dir) if first else contextlib.nullcontext():
         checkpoint = _checkpoint(spec) if resume else None
         if first:
-            recover(spec.output_dir)
-        return _run(spec, task, progress or Progress(), checkpoint, stop)
+            for place in (Path(spec.output_dir), Path(spec.output_dir) / CHECKPOINTS):
+                recover(place)
+        return _run(spec, task, progress or Progress(), checkpoint, stop, shared)
 
 
-def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | None, stop: Stop | None) -> RunResult:
+def _run(
+    spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | None, stop: Stop | None, shared: bool
+) -> RunResult:
     system = trainable(spec.method)
     check_reporters(spec.report_to)
     set_seed(spec.seed)
@@ -150,7 +155,7 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=[LifecycleCallback()],
     )
-    identity = same_run(replace(spec, options=options), task, rate)
+    identity = same_run(spec, task, rate, options)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
     known = facts(adapted, spec.steps)
     write_config(spec, task, rate, options)
@@ -196,6 +201,8 @@ def _run(spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | No
         scaling=known.scaling,
         export_rank=known.export_rank,
         labels=task.labels,
+        training_seconds=sum(watch.times),
+        shared=shared,
     )
     write_text(adapter_dir / "README.md", model_card(result, system, task))
     write_json(Path(spec.output_dir) / RESULT, result.to_dict())

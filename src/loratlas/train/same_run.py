@@ -32,19 +32,30 @@ class SameRun:
         if not isinstance(stored, dict) or "method" not in stored:
             raise UserError(f"{checkpoint} was not written by such a run: start anew in another directory.")
         both = sorted(stored.keys() & self.settings.keys())
-        changed = [name for name in both if stored[name] != self.settings[name]]
+        changed = [change for name in both for change in _changes(name, stored[name], self.settings[name])]
         if changed:
-            what = ", ".join(f"{name} was {stored[name]!r} and is {self.settings[name]!r}" for name in changed)
+            what = ", ".join(changed)
             raise UserError(f"{checkpoint} was written by another run: {what}; resume it as it began.")
 
 
-def same_run(spec: RunSpec, task: TaskData, rate: float) -> SameRun:
-    """The identity of the run of `spec` on `task` at learning rate `rate`."""
+def same_run(spec: RunSpec, task: TaskData, rate: float, options: dict[str, Any]) -> SameRun:
+    """The identity of the run of `spec` on `task` at learning rate `rate`.
+
+    options: those of the method with its defaults, so that a default may be written out or not.
+    """
     settings = {name: value for name, value in asdict(spec).items() if name not in _FREE}
+    settings["options"] = options
     settings["learning_rate"] = rate
     settings["eval_every"] = spec.evaluation_interval
     settings["data"] = f"{task.description}, rows {_fingerprint(task)}"
     return SameRun(json.loads(json.dumps(settings, default=str)))
+
+
+def _changes(name: str, old: Any, new: Any) -> list[str]:
+    """What differs, in words; of two mappings the entries that do."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [change for key in sorted(old | new) for change in _changes(f"{name}.{key}", old.get(key), new.get(key))]
+    return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
 
 
 def _fingerprint(task: TaskData) -> str:
