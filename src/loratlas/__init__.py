@@ -11,6 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.allora import ALLoraConfig
+    from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -31,8 +33,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALLoraConfig",
     "AtlasLoraConfig",
     "AtomicCheckpoints",
+    "DyLoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -53,9 +57,13 @@ __all__ = [
     "load_lora",
     "newest_checkpoint",
     "save_checkpoint",
+    "set_rank",
 ]
 
 _HOMES = {
+    "ALLoraConfig": "loratlas.adapters.allora",
+    "DyLoraConfig": "loratlas.adapters.dylora",
+    "set_rank": "loratlas.adapters.dylora",
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",

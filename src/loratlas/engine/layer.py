@@ -211,7 +211,7 @@ def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
     if not isinstance(method, LowRankMethod):
         return None
     with torch.no_grad():
-        return method.factors(view).joined()
+        return method.exported(view).joined()
 
 
 def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -263,6 +263,10 @@ class LowRankMethod(Method):
         """The update of one layer in low-rank form."""
         raise NotImplementedError
 
+    def exported(self, t: View) -> Factors:
+        """The update that an export ships; a method whose pairs can be out of use leaves those out."""
+        return self.factors(t)
+
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
 
