@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from toys import adamw, adapted, config, inputs, train, view, views
 
 from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
-from loratlas.adapters.srlora import Plan
+from loratlas.engine.events import Plan
 from loratlas.engine.layer import joined_factors
 from loratlas.engine.lifecycle import StepContext
 

@@ -10,25 +10,29 @@ with the lowest scores move into the frozen part and their slots are re-seeded w
 the PRETRAINED weight, whose projection leaves the frozen part: the function does not change. r (in + out) parameters
 train, up to r_target directions are visited. Everything is kept in difference form (see `engine.pairs`), so W is never
 written.
+
+Ours, not the paper's: a start like LoRA's (init_weights="lora"); other directions to start again on (`reservoir`), of
+which "gradient" and "activation" come from a sketch of the steps before an event (see `engine.sketch`) and start with
+b = 0; a first event for all pairs (`first_event`); a warm-up of fresh pairs; choosing the oldest pairs (`select`).
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from loratlas.engine import pairs
+from loratlas.engine import pairs, sketch
 from loratlas.engine.config import SvdConfig, knob
+from loratlas.engine.events import Plan
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
 from loratlas.engine.method import Factors, LowRankMethod, View
-from loratlas.engine.moments import age_correction, treat_moments
+from loratlas.engine.moments import age_correction, slot_rates, treat_moments
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import is_sharded, whole
 from loratlas.errors import UserError
@@ -36,47 +40,44 @@ from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
 SCORES = ("IA", "QA", "IB", "QB")
-
-
-class Plan(NamedTuple):
-    """When a layer recomposes: `per_event` pairs, at most `events` times, every `interval` steps."""
-
-    per_event: int
-    events: int
-    interval: int
-
-    @classmethod
-    def of(cls, r: int, r_target: int, gamma: float, total_steps: int, schedule: str) -> Plan:
-        """r' = max(1, floor(gamma r)), N_switch = floor((r_target - r) / r'), t_interval = floor(N / N_switch).
-
-        "spread" divides by N_switch + 1, so that the last pairs train as long as the others; with "paper" the last
-        event falls on the final step and is skipped.
-        """
-        per_event = max(1, math.floor(gamma * r + 1e-9)) if gamma > 0 else 0
-        events = (r_target - r) // per_event if per_event else 0
-        if events <= 0 or total_steps <= 0:
-            return cls(per_event, 0, 0)
-        parts = events if schedule == "paper" else events + 1
-        return cls(per_event, events, max(1, total_steps // parts))
+RESERVOIR = ("RA", "RB", "sketch")
+SKETCHED = ("gradient", "activation")
 
 
 class SRLora(LowRankMethod):
     """Tensors, beside those of `engine.pairs`: IA, QA (r, in) and IB, QB (out, r) the scores' moving averages; RA (k,
     in), RB (out, k) the k directions not used yet, scaled as pairs; slot_dir (r,) which direction a slot carries; born
     (r,) the step
-    it was seeded at; cursor, events: directions used and events done; log (M, 4): step, slot, old and new direction."""
+    it was seeded at; cursor, events: directions used and events done; log (M, 4): step, slot, old and new direction
+    (a running number for other reservoirs than W's principal directions); sketch (k, in), see `engine.sketch`."""
 
     name = "srlora"
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
-    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, "RA", "RB", "slot_dir", "born", "cursor", "events", "log")
+    buffers = (
+        *pairs.STARTS,
+        *pairs.HISTORY,
+        *SCORES,
+        "RA",
+        "RB",
+        "slot_dir",
+        "born",
+        "cursor",
+        "events",
+        "log",
+        "sketch",
+    )
     growing = (*pairs.HISTORY, "RA", "RB", "log")
     derived = ("folded",)
 
     def shapes(self, cfg: SRLoraConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
-        spare = self.r_target(cfg, r, (n_out, n_in)) - r
+        sketched = cfg.reservoir in SKETCHED
+        spare = 0 if sketched else self.r_target(cfg, r, (n_out, n_in)) - r
+        every = pairs.shapes(r, n_in, n_out)
+        own = {name: every[name] for name in pairs.TENSORS} if sketched and cfg.init_weights == "lora" else every
         return {
-            **pairs.shapes(r, n_in, n_out),
+            **own,
+            **({"sketch": (r + sketch.OVERSAMPLING, n_in)} if sketched else {}),
             **dict.fromkeys(("IA", "QA"), (r, n_in)),
             **dict.fromkeys(("IB", "QB"), (n_out, r)),
             **dict.fromkeys(("slot_dir", "born"), (r,)),
@@ -102,23 +103,32 @@ class SRLora(LowRankMethod):
     # ----------------------------------------------------------------------------------------------------- start
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
-        wanted = self.r_target(t.cfg, t.r, t.op.shape)
-        u, s, vh = usable_svd(weight(), wanted, **t.cfg.svd_options())
-        if len(s) < t.r:
-            return len(s)
+        r_target = self.r_target(t.cfg, t.r, t.op.shape)
+        spare = 0 if t.cfg.reservoir in SKETCHED else r_target - t.r
+        if t.cfg.init_weights != "lora" or spare:
+            wanted = min(t.op.shape) if t.cfg.reservoir == "minor" else t.r + spare
+            u, s, vh = usable_svd(weight(), wanted, **t.cfg.svd_options())
+            if len(s) < t.r:
+                return len(s)
+            down, up = pairs.principal_factors(u, s, vh, t.scaling)
+            pairs.start(t, down[: t.r], up[:, : t.r])
+            rest = torch.arange(t.r, len(s), device=down.device)
+            rest = rest.flip(0)[:spare] if t.cfg.reservoir == "minor" else rest[:spare]
+            t.grow("RA", down[rest].to(t.RA).clone())
+            t.grow("RB", up[:, rest].to(t.RB).clone())
+        elif t.r > min(t.op.shape):
+            return min(t.op.shape)
         if t.cfg.r_target is not None and t.cfg.r_target > min(t.op.shape):
             warnings.warn(
                 f"SRLoRA: r_target={t.cfg.r_target} exceeds the {min(t.op.shape)} directions of a {t.op.shape[0]} x "
                 f"{t.op.shape[1]} layer; such layers visit those.",
                 stacklevel=2,
             )
-        down, up = pairs.principal_factors(u, s, vh, t.scaling)
-        pairs.start(t, down[: t.r], up[:, : t.r])
-        t.grow("RA", down[t.r :].to(t.RA).clone())
-        t.grow("RB", up[:, t.r :].to(t.RB).clone())
         t.slot_dir.copy_(torch.arange(t.r))
         t.cursor.fill_(t.r)
-        if not t.cfg.init_weights:
+        if t.cfg.init_weights == "lora":
+            pairs.start(t, nn.init.kaiming_uniform_(torch.empty_like(t.A), a=5**0.5), torch.zeros_like(t.B))
+        elif not t.cfg.init_weights:
             t.B.add_(torch.randn_like(t.B) * t.B.abs().mean())
         return None
 
@@ -137,21 +147,27 @@ class SRLora(LowRankMethod):
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
-        return pairs.with_history(t)
+        factors = pairs.with_history(t)
+        return factors._replace(observe=partial(self.look, t)) if t.watched else factors
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         folded = t.folded
-        return None if folded is None else (folded, pairs.without_start(t))
+        if folded is None:
+            return None
+        factors = pairs.without_start(t)
+        return folded, factors._replace(observe=partial(self.look, t)) if t.watched else factors
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
         plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
         events = max(0, min(plan.events, (total - 1) // plan.interval) - int(t.events)) if plan.events else 0
-        spare = t.RA.shape[0]
         pairs_to_come = plan.per_event * events
-        if t.cfg.exhaustion == "stop":
-            pairs_to_come = min(pairs_to_come, spare)
-        return min(2 * t.r + t.HA.shape[0] + 2 * pairs_to_come, *t.op.shape)
+        if t.cfg.reservoir in SKETCHED:
+            pairs_to_come += t.r if int(t.step) < (t.cfg.first_event or 0) else 0
+        elif t.cfg.exhaustion == "stop":
+            pairs_to_come = min(pairs_to_come, t.RA.shape[0])
+        ranks = 1 if t.A0 is None else 2
+        return min(ranks * (t.r + pairs_to_come) + t.HA.shape[0], *t.op.shape)
 
     # -------------------------------------------------------------------------------------------------- training
 
@@ -180,6 +196,9 @@ class SRLora(LowRankMethod):
                 f"{type(ctx.optimizer).__name__}: choose 'keep', 'zero' or 'mean_v'."
             )
 
+    def begin(self, views: Sequence[View], ctx: StepContext) -> None:
+        self.watch(views, ctx)
+
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         cfg = views[0].cfg
         pairs_of = [(t.A, t.IA, t.QA) for t in views] + [(t.B, t.IB, t.QB) for t in views]
@@ -187,39 +206,55 @@ class SRLora(LowRankMethod):
         if live:
             params, grads, average, uncertainty = zip(*live, strict=True)
             update_importance(params, grads, average, uncertainty, cfg.beta1, cfg.beta2)
+        slots = [(p, dim, t.born) for t in views for p, dim in ((t.A, 0), (t.B, 1))]
+        ctx.scratch[self] = corrections = []
         if cfg.optimizer_reset == "corrected":
-            slots = [(p, dim, t.born) for t in views for p, dim in ((t.A, 0), (t.B, 1))]
-            ctx.scratch[self] = [age_correction(*slot, ctx) for slot in slots]
+            corrections += [age_correction(*slot, ctx) for slot in slots]
+        if cfg.fresh_warmup:
+            ramp = [(p, dim, self.warmed(born, ctx.step, cfg.fresh_warmup)) for p, dim, born in slots]
+            corrections.append(slot_rates(ramp))
 
     def after_step(self, views: Sequence[View], ctx: StepContext) -> None:
-        for correct in ctx.scratch.get(self, ()):
+        for correct in ctx.scratch[self]:
             correct()
         due = [t for t in views if self.due(t, ctx)]
-        if not due:
-            return
-        lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]
-        agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
-        for t, low in zip(due, agreed, strict=True):
-            self.recompose(t, low, ctx)
+        if due:
+            lows = [self.lowest(t, self.moving(t, ctx)) for t in due]
+            agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
+            for t, low in zip(due, agreed, strict=True):
+                self.recompose(t, low, ctx)
+        self.watch(views, ctx)
+
+    @staticmethod
+    def warmed(born: Tensor, step: int, warmup: int) -> Tensor:
+        """(r,) factors of the learning rate: k / (warmup + 1) in the k-th step of a fresh pair, 1 for others."""
+        age = (step - born).double()
+        return torch.where(born > 0, (age / (warmup + 1)).clamp(max=1.0), torch.ones_like(age))
+
+    def event_at(self, t: View, step: int, total_steps: int) -> bool:
+        """Whether the plan has an event after `step`, as far as numbers known before training say."""
+        plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
+        regular = plan.events > 0 and step % plan.interval == 0
+        return step < total and (regular or step == t.cfg.first_event)
 
     def due(self, t: View, ctx: StepContext) -> bool:
-        plan = self.plan(t, ctx.total_steps)
-        total = t.cfg.total_step or ctx.total_steps
-        # the tensors are read (a synchronisation on GPU) only at a multiple of the interval
-        return (
-            plan.events > 0
-            and ctx.step % plan.interval == 0
-            and ctx.step < total
-            and int(t.events) < plan.events
-            and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd")
-        )
+        # the tensors are read (a synchronisation on GPU) only where the plan has an event
+        if not self.event_at(t, ctx.step, ctx.total_steps):
+            return False
+        most = self.plan(t, ctx.total_steps).events + (t.cfg.first_event is not None)
+        has_directions = t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.reservoir in SKETCHED
+        return int(t.events) < most and has_directions
+
+    def moving(self, t: View, ctx: StepContext) -> int:
+        """Number of pairs that start again in this event."""
+        return t.r if ctx.step == t.cfg.first_event else self.plan(t, ctx.total_steps).per_event
 
     def lowest(self, t: View, per_event: int) -> Tensor:
         """Slots of the pairs with the lowest scores, in slot order; ties go to the lower slot."""
         spare = t.RA.shape[0]
         count = min(per_event, spare) if spare else per_event  # nothing spare: exhaustion="resvd" finds new ones
-        scores = pair_scores(t.IA, t.QA, t.IB, t.QB)
-        return scores.argsort(stable=True)[:count].sort().values
+        order = t.born if t.cfg.select == "oldest" else pair_scores(t.IA, t.QA, t.IB, t.QB)
+        return order.argsort(stable=True)[:count].sort().values
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
@@ -245,6 +280,8 @@ class SRLora(LowRankMethod):
 
     def next_directions(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """(down, up) of the next `count` unused directions, taken out of the reservoir."""
+        if t.cfg.reservoir in SKETCHED:
+            return self.sketched(t, count)
         if t.RA.shape[0] == 0:
             return self.redecompose(t, count, ctx)
         down, up = t.RA[:count].to(t.A.device), t.RB[:, :count].to(t.B.device)
@@ -259,6 +296,29 @@ class SRLora(LowRankMethod):
         u, s, vh = map(ctx.agree, triplets)
         usable = numerical_rank(s, *frozen.shape)
         return pairs.principal_factors(u[:, :usable], s[:usable], vh[:usable], t.scaling)
+
+    # ---------------------------------------------------------------------------------- reservoirs that are sketched
+
+    def watch(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
+        for t in views:
+            if t.cfg.reservoir in SKETCHED:
+                near = range(ctx.step + 1, ctx.step + 1 + t.cfg.sketch_steps)
+                t.watch(any(self.event_at(t, step, ctx.total_steps) for step in near))
+
+    @torch.no_grad()
+    def look(self, t: View, g: Tensor, x: Tensor) -> None:
+        left = g if t.cfg.reservoir == "gradient" else x
+        # one probe for all steps before an event
+        random = sketch.probe(t.cfg.seed + 7919 * int(t.events), left.shape[1], len(t.sketch), left)
+        sketch.accumulate(t.sketch, left, x, random)
+
+    def sketched(self, t: View, count: int) -> tuple[Tensor, Tensor]:
+        """Rows as long as LoRA's start has them, 3^(-1/2) on average, and columns of zeros."""
+        kept = t.born.sort(descending=True).indices[: t.r - count]
+        rows = sketch.directions(t.sketch, count, whole(t.A)[kept])
+        t.sketch.zero_()
+        return rows * 3**-0.5, torch.zeros_like(whole(t.B)[:, :count])
 
 
 @adapter(SRLora())
@@ -299,8 +359,25 @@ class SRLoraConfig(SvdConfig):
         None, "'cpu' keeps the unused directions in host memory; None: beside the weight."
     )
 
+    reservoir: str = knob(
+        "principal",
+        "Where pairs start again: 'principal' directions of W (the paper's), 'minor' ones, or, with b = 0, those of "
+        "the current 'gradient' or of the layer's inputs ('activation'). All but the first are ours.",
+    )
+    sketch_steps: int = knob(4, "Steps before an event in which 'gradient' and 'activation' are gathered.")
+    first_event: int | None = knob(
+        None, "A further event after this step in which all pairs start again; for 'gradient' and 'activation' (ours)."
+    )
+    fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
+    select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        sketched = self.reservoir in SKETCHED
+        self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
+        self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
+        first = self.first_event is None or (sketched and self.first_event >= 1)
+        self._require(first, "first_event", "None, or with reservoir='gradient' or 'activation' a step from 1 on")
         self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -311,7 +388,9 @@ class SRLoraConfig(SvdConfig):
 
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
-    "init_weights": (True, False),
+    "init_weights": (True, False, "lora"),
+    "reservoir": ("principal", "minor", *SKETCHED),
+    "select": ("score", "oldest"),
     "schedule": ("spread", "paper"),
     "score_reset": ("all", "replaced"),
     "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),

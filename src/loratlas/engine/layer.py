@@ -59,6 +59,7 @@ class AtlasLayer(nn.Module, Making):
         self._disable_adapters = False
         self._untouched = None
         self.statistics: dict[str, Tensor] = {}
+        self.watched: set[str] = set()  # adapters whose method looks into the backward pass now; set anew every step
         self.register_load_state_dict_pre_hook(_grow_before_load)
         self.register_load_state_dict_post_hook(_derive_after_load)
 

@@ -6,9 +6,10 @@ The update of one layer is kept in difference form. With (B*, A*) the pairs' sta
 
 which is exactly 0 at the start in any dtype and has the gradients of s B A. A pair that retires leaves
 b a - b* a* = (b - b*) a + b* (a - a*) in the history H: two ranks each. The function is the same before and after:
-what the slot loses the history gains, and the newcomer starts at b a - b a = 0.
+what the slot loses the history gains, and the newcomer starts at b a - b a = 0. Pairs that all start with b* = 0 need
+no starts: the update is s B A + s H_B H_A, and a retired pair takes one rank of the history.
 
-Tensors, by name: A (r, in), B (out, r) trainable; A0, B0 their starts; HA (h, in), HB (out, h) the history.
+Tensors, by name: A (r, in), B (out, r) trainable; A0, B0 their starts, if any; HA (h, in), HB (out, h) the history.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def shapes(r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
 def start(t: View, down: Tensor, up: Tensor) -> None:
     """Let the pairs start at A = down (r, in), B = up (out, r)."""
     for name, value in (("A", down), ("B", up), ("A0", down), ("B0", up)):
-        getattr(t, name).copy_(value)
+        if getattr(t, name) is not None:
+            getattr(t, name).copy_(value)
 
 
 def principal_factors(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
@@ -70,9 +72,11 @@ def _scaled(t: View, up: Any) -> Any:
 
 def retire(t: View, slots: Tensor) -> None:
     """Move what the pairs in `slots` (int64, (k,)) have learned into the history."""
-    a, b, a0, b0 = whole(t.A)[slots], whole(t.B)[:, slots], t.A0[slots], t.B0[:, slots]
-    down = torch.cat((t.HA, a, a - a0))
-    up = torch.cat((t.HB, b - b0, b0), dim=1)
+    downs, ups = [t.HA, whole(t.A)[slots]], [t.HB, whole(t.B)[:, slots]]
+    if t.A0 is not None:
+        a0, b0 = t.A0[slots], t.B0[:, slots]
+        downs, ups = [*downs, downs[1] - a0], [t.HB, ups[1] - b0, b0]
+    down, up = torch.cat(downs), torch.cat(ups, dim=1)
     if down.shape[0] > min(t.op.shape):
         # more ranks than the layer has directions: re-factor, dropping numerical zeros only
         packed = compress(up, down)
@@ -83,13 +87,13 @@ def retire(t: View, slots: Tensor) -> None:
 
 def reseed(t: View, slots: Tensor, down: Tensor, up: Tensor) -> None:
     """Let the pairs in `slots` start again at down (k, in), up (out, k), in place."""
-    for rows, columns in ((t.A, t.B), (t.A0, t.B0)):
+    for rows, columns in ((t.A, t.B), (t.A0, t.B0))[: 1 if t.A0 is None else 2]:
         put_(rows, 0, slots, down)
         put_(columns, 1, slots, up)
 
 
 def folded_weight(t: View, weight: Tensor) -> Tensor:
     """W + s (H - B* A*): the dense weight on which s B A alone is the whole update. weight: (out, in)."""
-    up = torch.cat((t.HB, -t.B0), dim=1)
-    down = torch.cat((t.HA, t.A0))
+    up = t.HB if t.A0 is None else torch.cat((t.HB, -t.B0), dim=1)
+    down = t.HA if t.A0 is None else torch.cat((t.HA, t.A0))
     return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=t.scaling)
