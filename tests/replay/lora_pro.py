@@ -1,4 +1,4 @@
-"""Replays LoRA-Pro golden trajectories of the official full mode: its loss, gradients, adjustment, moments and factors."""
+"""Replays LoRA-Pro golden trajectories of the official full mode: gradients, adjustment, moments and factors."""
 
 from __future__ import annotations
 

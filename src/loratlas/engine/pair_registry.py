@@ -11,7 +11,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
-from peft.tuners.lora import Conv2d, Embedding, LoraLayer, ParamWrapper
+from peft.tuners.lora import Embedding, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import MultiheadAttention, _ConvNd
 from torch import Tensor, nn
 
 from loratlas.engine.layer import AtlasLayer
@@ -26,7 +27,8 @@ class LowRankPair(ABC):
     Attributes:
         path: of the layer in the model. adapter: the adapter's name.
         layer: the adapted layer, a PEFT tuner layer.
-        kind: "linear" (Conv1D included), "conv2d" or "embedding".
+        kind: "linear" (Conv1D included), "convolution", "embedding" or "attention" (the input projection of PEFT's
+            nn.MultiheadAttention).
         a, b: the parameters, in the shapes in which the layer keeps them.
     """
 
@@ -78,7 +80,7 @@ class LowRankPair(ABC):
 class _AtlasPair(LowRankPair):
     def __init__(self, path: str, view: View, a: nn.Parameter, b: nn.Parameter) -> None:
         super().__init__(path, view.adapter, view.layer, a, b)
-        self.kind = "linear" if view.op.kind == "conv1d" else view.op.kind
+        self.kind = {"conv1d": "linear", "conv2d": "convolution"}.get(view.op.kind, view.op.kind)
 
     @property
     def scaling(self) -> float:
@@ -93,7 +95,11 @@ class _AtlasPair(LowRankPair):
 
 
 class _PeftPair(LowRankPair):
-    _KINDS: ClassVar[dict[type, str]] = {Conv2d: "conv2d", Embedding: "embedding"}
+    _KINDS: ClassVar[dict[type, str]] = {
+        _ConvNd: "convolution",
+        Embedding: "embedding",
+        MultiheadAttention: "attention",
+    }
 
     def __init__(self, path: str, adapter: str, layer: Any) -> None:
         in_modules = adapter in layer.lora_A

@@ -46,5 +46,5 @@ def in_stacks(
 
 
 def row_squares(up: Tensor, down: Tensor) -> Tensor:
-    """Squared norms of the rows of up @ down, (..., m), from the r x r Gram matrix; up (..., m, r), down (..., r, n)."""
+    """Squared norms of the rows of up @ down, (..., m), by an r x r Gram matrix; up (..., m, r), down (..., r, n)."""
     return ((up @ (down @ down.mT)) * up).sum(-1).clamp_min(0.0)

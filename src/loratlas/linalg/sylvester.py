@@ -12,7 +12,7 @@ _ZERO = 1e-13
 
 
 class Spectrum(NamedTuple):
-    """Eigenvalues (n, r), ascending and none negative, and eigenvectors (n, r, r) of n positive semidefinite matrices."""
+    """Of n positive semidefinite matrices: eigenvalues (n, r), ascending, and eigenvectors (n, r, r)."""
 
     values: Tensor
     vectors: Tensor

@@ -10,9 +10,7 @@ from torch import Tensor
 from torch.optim.adamw import adamw
 
 
-def adamw_(
-    state: Any, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
-) -> None:
+def adamw_(state: Any, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """One step of `torch.optim.AdamW`, bit for bit, of `params` along `grads`; both in place and of one dtype each.
 
     Args:

@@ -7,7 +7,7 @@ r x r solves for all layers at once. What it does with Adam is the mode:
 | mode | pairs move by | state |
 |---|---|---|
 | "efficient" | AdamW on the adjusted gradients of A and B | that of AdamW on A and B |
-| "full" | Adam in the space of W on s B dA + s dB A, its direction adjusted again, then plain descent | out x in, twice |
+| "full" | Adam in the space of W on s B dA + s dB A, its direction adjusted again, plain descent | twice out x in |
 | "sgd" | plain descent along the adjusted gradients | none |
 
 Full mode, step t, with (dA, dB) the adjusted gradients for X = 0:
@@ -125,7 +125,7 @@ class LoraPro(Optimizer):
         self.register_load_state_dict_post_hook(_restore_momentum)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,7 +146,7 @@ class LoraPro(Optimizer):
             moves = _adjusted(pairs, moves, group, x_mode="zero")
             moves = [self._direction(pair, move, group) for pair, move in zip(pairs, moves, strict=True)]
         moves = _adjusted(pairs, moves, group, x_mode=group["x_mode"])
-        params = [p for pair in pairs for p in (pair.a, pair.b)]
+        params: list[Tensor] = [p for pair in pairs for p in (pair.a, pair.b)]
         changes = [change.view_as(p).to(p.dtype) for p, change in zip(params, sum(moves, ()), strict=True)]
         if group["mode"] == "efficient":
             adamw_(self.state, group, params, changes)
