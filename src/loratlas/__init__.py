@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
+    from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
+    from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -42,9 +44,13 @@ __all__ = [
     "LifecycleCallback",
     "LoLDUConfig",
     "LoraGAConfig",
+    "LoraGgpoConfig",
+    "LoraPro",
+    "LoraProConfig",
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
+    "PerturbedAdamW",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
@@ -77,6 +83,10 @@ _HOMES = {
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
+    "LoraGgpoConfig": "loratlas.optim.lora_ggpo",
+    "PerturbedAdamW": "loratlas.optim.lora_ggpo",
+    "LoraPro": "loratlas.optim.lora_pro",
+    "LoraProConfig": "loratlas.optim.lora_pro",
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "calibrate": "loratlas.engine.calibrate",
@@ -97,7 +107,8 @@ def __getattr__(name: str) -> Any:
 def register_adapters() -> None:
     """Make every adapter type of the library known to PEFT; `import loratlas` does it."""
     for home in sorted(set(_HOMES.values())):
-        if not home.startswith("loratlas.train."):  # no adapters there, and transformers' Trainer takes its time
+        # no adapters there, and transformers' Trainer takes its time
+        if not home.startswith(("loratlas.train.", "loratlas.optim.")):
             importlib.import_module(home)
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from loratlas.engine.layer import AtlasLayer
@@ -266,6 +266,13 @@ class LowRankMethod(Method):
     def exported(self, t: View) -> Factors:
         """The update that an export ships; a method whose pairs can be out of use leaves those out."""
         return self.factors(t)
+
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """(A (r, in), B (out, r)) where the update is s B A + what does not train, s = t.scaling; else None.
+
+        Optimizers that work on low-rank pairs ask for it (see `pair_registry`).
+        """
+        return None
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
