@@ -11,6 +11,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.block_lora import BlockLoraConfig
+    from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
@@ -32,7 +35,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AtlasLoraConfig",
+    "AtlasMissConfig",
     "AtomicCheckpoints",
+    "BlockLoraConfig",
+    "BoneConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -46,6 +52,7 @@ __all__ = [
     "SaltConfig",
     "SoKAConfig",
     "UserError",
+    "WaRAConfig",
     "__version__",
     "attach",
     "calibrate",
@@ -57,6 +64,9 @@ __all__ = [
 
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "AtlasMissConfig": "loratlas.adapters.bone",
+    "BlockLoraConfig": "loratlas.adapters.block_lora",
+    "BoneConfig": "loratlas.adapters.bone",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "LamdaConfig": "loratlas.adapters.lamda",
@@ -71,6 +81,7 @@ _HOMES = {
     "attach": "loratlas.engine.lifecycle",
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
+    "WaRAConfig": "loratlas.adapters.wara",
     "calibrate": "loratlas.engine.calibrate",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",

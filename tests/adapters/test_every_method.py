@@ -23,6 +23,7 @@ from loratlas.engine.ops import kind_of, op_for
 
 ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.entry.startswith("loratlas.")}
 SMALL: dict[str, dict[str, Any]] = {
+    "bone": {"r": 2},
     "lora-sb": {"init_lr": 0.01},
     "lora-xs": {"init_std": 0.01},
     "salt": {"scale_ratio": 0.4},
