@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
+    from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -39,6 +40,7 @@ __all__ = [
     "AtomicCheckpoints",
     "BlockLoraConfig",
     "BoneConfig",
+    "HydraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -69,6 +71,7 @@ _HOMES = {
     "BoneConfig": "loratlas.adapters.bone",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
+    "HydraConfig": "loratlas.adapters.hydra",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",

@@ -125,8 +125,11 @@ def test_the_fast_forward_is_the_readable_formula(slug: str) -> None:
 
 
 def _dense(t: View, x: Tensor) -> Tensor:
-    weight = t.layer.method.merged(t, t.layer.base_matrix())
-    return nn.functional.linear(x, weight, t.layer.get_base_layer().bias)
+    layer, method = t.layer, t.layer.method
+    bias, shift = layer.get_base_layer().bias, method.bias_delta(t)
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return nn.functional.linear(x, method.merged(t, layer.base_matrix()), bias)
 
 
 @pytest.mark.parametrize(("slug", "kind"), CASES)

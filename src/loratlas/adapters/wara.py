@@ -37,8 +37,8 @@ class WaRA(LowRankMethod):
                 f"its {n_out} x {n_in} weight has an odd side, which a wavelet transform cannot halve: leave the "
                 "module out of target_modules."
             )
-        shared = {"A": (r, n_in // 2), "B": (n_out // 2, r)}
-        return shared if cfg.shared_bands else {**shared, **{f"{name}_high": shape for name, shape in shared.items()}}
+        a, b = (r, n_in // 2), (n_out // 2, r)
+        return {"A": a, "B": b} if cfg.shared_bands else {"A": a, "B": b, "A_high": a, "B_high": b}
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> None:
         for down, up in ((t.A, t.B), (t.A_high, t.B_high)):

@@ -113,17 +113,18 @@ def export_lora(
         )
     largest = max(1, *(form.rank for form in forms.values()))
     width = padded_rank(largest)
+    biased = any(form.bias is not None for form in forms.values())
     tensors = {
         f"{PREFIX}{path}.{name}": _for_file(tensor)
         for path, form in forms.items()
-        for name, tensor in form.tensors(path, width).items()
+        for name, tensor in form.tensors(path, width, biased=biased).items()
     }
     inside = {} if beside else others
     names = _saved_modules(model, adapter_name)
     verification = None
     with whole_directory(directory) as folder:
         _save(tensors | inside, folder / SAFETENSORS_WEIGHTS_NAME)
-        _lora_config(model, adapter_name, forms, width, headless=beside).save_pretrained(str(folder))
+        _lora_config(model, adapter_name, forms, width, headless=beside, biased=biased).save_pretrained(str(folder))
         if component is not None:
             renamed = {f"{component}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
             _save(renamed, folder / DIFFUSERS_WEIGHTS_NAME)
@@ -145,7 +146,7 @@ def export_lora(
         dtype=str(dtype).removeprefix("torch."),
         heads=names if beside else (),
         verification=verification,
-        remarks=_remarks(width, names if inside else ()),
+        remarks=_remarks(width, names if inside else (), biased=biased),
     )
 
 
@@ -162,6 +163,8 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             f"{quantised[0]} is quantised, and merging into quantised weights loses accuracy: load the base model in "
             "full precision (bfloat16 or float32), load the adapter on it, and export that."
         )
+    if hasattr(model.base_model.model, "save_pretrained"):  # type: ignore[union-attr]
+        _refuse_new_biases(layers, adapter_name)
     twin: Any = copy.deepcopy(model)
     twin.set_adapter(adapter_name)  # takes out what is merged, and brings the adapter's own modules_to_save
     merged: Any = twin.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
@@ -172,6 +175,16 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             tensors = {name: _for_file(tensor) for name, tensor in merged.state_dict().items()}
             _save(tensors, Path(folder) / "model.safetensors")
     return ExportReport(str(directory), "merged", len(merged.state_dict()))
+
+
+def _refuse_new_biases(layers: Mapping[str, AtlasLayer], adapter: str) -> None:
+    """A transformers model is built anew by its configuration, and would drop a bias that this does not know of."""
+    for path, layer in layers.items():
+        if layer.bias_delta([adapter]) is not None and layer.base_bias() is None:
+            raise UserError(
+                f"{path} has no bias, but the adapter adds one, which the saved model would lose on loading: train the "
+                "adapter without biases of its own, or use merge_and_unload() and keep the model in memory."
+            )
 
 
 def _check_options(rank: int | None, dtype: torch.dtype, heads: str, component: str | None, check: str | None) -> None:
@@ -227,7 +240,9 @@ def _save_head(tensors: Mapping[str, Tensor], modules: tuple[str, ...], folder: 
     return folder / "model.safetensors"
 
 
-def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: int, *, headless: bool) -> LoraConfig:
+def _lora_config(
+    model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: int, *, headless: bool, biased: bool
+) -> LoraConfig:
     ours: Any = model.peft_config[adapter]
     targets = sorted(forms)
     # PEFT matches names by their end: keep modules away that merely end like one of ours
@@ -241,6 +256,7 @@ def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: 
         target_modules=targets,
         exclude_modules=others or None,
         modules_to_save=saved,
+        lora_bias=biased,
         bias="lora_only" if ours.bias == "atlas_only" else ours.bias,
         fan_in_fan_out=all(form.layer.op.kind == "conv1d" for form in forms.values()),
         task_type=None if headless and ours.task_type in _TASKS_WITH_HEAD else ours.task_type,
@@ -250,7 +266,7 @@ def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: 
     )
 
 
-def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
+def _remarks(width: int, inside: tuple[str, ...], *, biased: bool) -> tuple[str, ...]:
     said = []
     if max_lora_rank(width) is None:
         said.append(
@@ -260,6 +276,8 @@ def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
         said.append(
             f"The file holds {', '.join(inside)} as well: stock PEFT loads that, servers do not (--heads beside)."
         )
+    if biased:
+        said.append("The file holds biases (lora_bias): stock PEFT adds them, servers refuse them.")
     return tuple(said)
 
 

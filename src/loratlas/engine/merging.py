@@ -89,11 +89,15 @@ class Merging(BaseTunerLayer):
         """What merging `names` adds to the layer's own bias, (out,) without gradients; None: nothing."""
         if not self.method.overrides("bias_delta"):
             return None
-        bias = (self._untouched or self._base_state())["bias"]
         with torch.no_grad():
-            found = [self.method.bias_delta(self.view(name), bias) for name in names]
+            found = [self.method.bias_delta(self.view(name)) for name in names]
         deltas = [delta for delta in found if delta is not None]
         return torch.stack(deltas).sum(0) if deltas else None
+
+    def base_bias(self) -> Tensor | None:
+        """The bias of the base layer, (out,), as it is without adapters; None if it has none."""
+        base: Any = self.get_base_layer()
+        return base.bias if self._untouched is None else self._untouched["bias"]
 
     def unmerge(self) -> None:
         """Put the untouched W back."""

@@ -196,8 +196,8 @@ class Method:
         """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
         raise NotImplementedError
 
-    def bias_delta(self, t: View, bias: Tensor | None) -> Tensor | None:
-        """What the adapter adds to the layer's bias (out,), which is `bias`, or None without one; None: nothing."""
+    def bias_delta(self, t: View) -> Tensor | None:
+        """What the adapter adds to the layer's bias, (out,); None: nothing. The layer may have no bias of its own."""
         return None
 
     def merged(self, t: View, weight: Tensor) -> Tensor:
