@@ -33,7 +33,8 @@ CASES = {
     "block-lora": {"config": "loratlas:BlockLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "bone": {"config": "loratlas:BoneConfig", "kinds": ["linear"], "kwargs": {"r": 2}},
     "miss": {"config": "loratlas:AtlasMissConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
-    "hydra": {"config": "loratlas:HydraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    # PEFT's Conv1D puts out numbers of about 0.01: what acts on them moves too little in three steps without a scale
+    "hydra": {"config": "loratlas:HydraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4, "scaling": 4.0}},
     "salt": {"config": "loratlas:SaltConfig", "kinds": ["linear", "conv1d", "conv2d"], "kwargs": {"r": 4}},
     "soka": {"config": "loratlas:SoKAConfig", "kinds": ["linear", "conv1d"], "kwargs": {"r": 4}},
     "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
