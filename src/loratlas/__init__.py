@@ -11,8 +11,10 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.allora import ALLoraConfig
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
+    from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
@@ -35,11 +37,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALLoraConfig",
     "AtlasLoraConfig",
     "AtlasMissConfig",
     "AtomicCheckpoints",
     "BlockLoraConfig",
     "BoneConfig",
+    "DyLoraConfig",
     "HydraConfig",
     "LamdaConfig",
     "Lifecycle",
@@ -62,9 +66,13 @@ __all__ = [
     "load_lora",
     "newest_checkpoint",
     "save_checkpoint",
+    "set_rank",
 ]
 
 _HOMES = {
+    "ALLoraConfig": "loratlas.adapters.allora",
+    "DyLoraConfig": "loratlas.adapters.dylora",
+    "set_rank": "loratlas.adapters.dylora",
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "AtlasMissConfig": "loratlas.adapters.bone",
     "BlockLoraConfig": "loratlas.adapters.block_lora",

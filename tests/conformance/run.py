@@ -40,6 +40,8 @@ CASES = {
     "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    "allora": {"config": "loratlas:ALLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "dylora": {"config": "loratlas:DyLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
     "lamda": {"config": "loratlas:LamdaConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "lora-sb": {
         "config": "loratlas:LoraSBConfig",

@@ -79,6 +79,13 @@ class Factors(NamedTuple):
     down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in), frozen_up:
     (out, f), start_down: (k, in) and start_up: (out, k) do not. All in the adapter's dtype, in which the differences
     are taken: in bf16 the difference of two close factors would be noise.
+
+    Two things concern the backward pass alone, where g (tokens, out) is the gradient of the layer's output and x
+    (tokens, in) the input of the branch, after dropout:
+
+        row_scale: (out,), no gradient; down and up get their gradients from g * row_scale, x gets its own from g.
+        observe: called with (g, x), for what a method wants to know of dL/dW = g^T x without having it as a whole. It
+            runs once a backward pass and must not change either.
     """
 
     down: Tensor
@@ -87,6 +94,8 @@ class Factors(NamedTuple):
     frozen_up: Tensor | None = None
     start_down: Tensor | None = None
     start_up: Tensor | None = None
+    row_scale: Tensor | None = None
+    observe: Callable[[Tensor, Tensor], None] | None = None
 
     def blocks(self) -> tuple[list[Tensor], list[Tensor]]:
         """(downs, ups): the update is the sum of up @ down over both lists."""
@@ -102,6 +111,21 @@ class Factors(NamedTuple):
         """(down, up) of the whole update, all blocks beside each other."""
         downs, ups = self.blocks()
         return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
+
+
+def low_rank_branch(op: Op, x: Tensor, factors: Factors) -> Tensor:
+    """The branch by the plain formula, for layers that `fused` does not serve; the same gradients."""
+    down, up = factors.joined()
+    if factors.row_scale is None:
+        y = op.low_rank(x, down, up)
+    else:
+        # the value is that of the first term, the second is zero: x meets unscaled gradients, the factors scaled ones
+        train = op.low_rank(x.detach(), down, up)
+        y = op.low_rank(x, down.detach(), up.detach()) + (op.scale_gradient(train, factors.row_scale) - train.detach())
+    if factors.observe is not None and y.requires_grad:
+        rows, watch = op.rows(x.detach()), factors.observe
+        y.register_hook(lambda g: watch(op.output_rows(g), rows))
+    return y
 
 
 class Method:
@@ -224,6 +248,9 @@ class Method:
     # and optimizer state are sharded here, buffers are not: read with `sharded.whole` or `sharded.gather`, write with
     # `sharded.write_` or `sharded.put_`, on every rank in the same order.
 
+    def begin(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
+
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
 
@@ -248,7 +275,7 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("before_step", "after_step", "extra_loss"))
+        return any(cls.overrides(hook) for hook in ("begin", "before_step", "after_step", "extra_loss"))
 
 
 class LowRankMethod(Method):
@@ -262,6 +289,10 @@ class LowRankMethod(Method):
         """The update of one layer in low-rank form."""
         raise NotImplementedError
 
+    def exported(self, t: View) -> Factors:
+        """The update that an export ships; a method whose pairs can be out of use leaves those out."""
+        return self.factors(t)
+
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
 
@@ -274,11 +305,10 @@ class LowRankMethod(Method):
             return min(self.factors(t).joined()[0].shape[0], *t.op.shape)
 
     def lora_factors(self, t: View) -> tuple[Tensor, Tensor]:
-        return self.factors(t).joined()
+        return self.exported(t).joined()
 
     def delta(self, t: View, x: Tensor) -> Tensor:
-        down, up = self.factors(t).joined()
-        return t.op.low_rank(x, down, up)
+        return low_rank_branch(t.op, x, self.factors(t))
 
     def delta_weight(self, t: View) -> Tensor:
         down, up = self.factors(t).joined()
