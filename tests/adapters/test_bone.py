@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import MissConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
-from toys import TARGETS, Toy, distance, inputs, train, view, views
+from toys import TARGETS, Toy, distance, goal, inputs, train, view, views
 
 from loratlas import AtlasMissConfig, BoneConfig, UserError
+from loratlas.adapters.bone import Bone
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.export import export_lora
 from loratlas.linalg import blocks
@@ -63,6 +65,36 @@ def test_gradients_are_those_of_the_dense_formula(variant: str) -> None:
     fast = torch.autograd.grad(model(x).square().sum(), leaves)
     slow = torch.autograd.grad(dense(second, torch.tanh(dense(first, x))).square().sum(), leaves)
     torch.testing.assert_close(fast, slow, rtol=1e-10, atol=1e-10)
+
+
+def test_under_autocast_the_weight_is_still_made_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bone(dtype=torch.float32, target_modules=["first"])
+    train(model, inputs(), steps=3)
+    t, made = view(model), []
+    expected, merged = t.layer.method.merged(t, t.layer.base_matrix()), Bone.merged
+
+    def recorded(*args: Any) -> Tensor:
+        made.append(merged(*args))
+        return made[-1]
+
+    monkeypatch.setattr(Bone, "merged", recorded)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert t.layer(inputs()).dtype == torch.bfloat16
+    assert torch.equal(made[0], expected)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_quantised_base_trains_and_stays_as_it_is(variant: str) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    toy, x = Toy().eval(), inputs()
+    torchao.quantize_(toy, torchao.Int8WeightOnlyConfig())
+    before, stored = toy(x), toy.first.weight.qdata.clone()
+    model = get_peft_model(toy, BoneConfig(r=2, variant=variant, target_modules=list(TARGETS)))
+    torch.testing.assert_close(model(x), before, rtol=1e-5, atol=1e-5)
+    train(model, x, steps=20)
+    after = model(x)
+    assert (after - goal(after)).square().mean() < 0.9 * (before - goal(before)).square().mean()
+    assert torch.equal(view(model).layer.get_base_layer().weight.qdata, stored)
 
 
 def test_equal_blocks_get_equal_updates_and_all_of_them_full_rank() -> None:

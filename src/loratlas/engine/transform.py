@@ -35,8 +35,9 @@ def transformed(layer: AtlasLayer, x: Tensor, views: Sequence[View]) -> Tensor:
 
 def _rebuilt(layer: AtlasLayer, x: Tensor, views: Sequence[View]) -> Tensor:
     weight = layer.base_matrix()
-    for view in views:
-        weight = layer.method.merged(view, weight)
+    with torch.autocast(x.device.type, enabled=False):  # the very weight that merging would make
+        for view in views:
+            weight = layer.method.merged(view, weight)
     dtype = x.dtype if x.is_floating_point() else layer.weight.dtype  # embeddings look ids up
     return layer.op.full(layer.base_layer, x, weight.to(dtype))
 
