@@ -12,7 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratlas.adapters.allora import ALLoraConfig
+    from loratlas.adapters.block_lora import BlockLoraConfig
+    from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
+    from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
@@ -37,8 +41,12 @@ __version__ = "0.1.0"
 __all__ = [
     "ALLoraConfig",
     "AtlasLoraConfig",
+    "AtlasMissConfig",
     "AtomicCheckpoints",
+    "BlockLoraConfig",
+    "BoneConfig",
     "DyLoraConfig",
+    "HydraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -56,6 +64,7 @@ __all__ = [
     "SaltConfig",
     "SoKAConfig",
     "UserError",
+    "WaRAConfig",
     "__version__",
     "attach",
     "calibrate",
@@ -71,8 +80,12 @@ _HOMES = {
     "DyLoraConfig": "loratlas.adapters.dylora",
     "set_rank": "loratlas.adapters.dylora",
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "AtlasMissConfig": "loratlas.adapters.bone",
+    "BlockLoraConfig": "loratlas.adapters.block_lora",
+    "BoneConfig": "loratlas.adapters.bone",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
+    "HydraConfig": "loratlas.adapters.hydra",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
@@ -89,6 +102,7 @@ _HOMES = {
     "LoraProConfig": "loratlas.optim.lora_pro",
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
+    "WaRAConfig": "loratlas.adapters.wara",
     "calibrate": "loratlas.engine.calibrate",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",

@@ -139,7 +139,7 @@ class Method:
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
-        additive: False for W' = f(W); then `merged` replaces `delta_weight`.
+        additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
 
     name: ClassVar[str]
@@ -202,13 +202,39 @@ class Method:
         """Output of the adapter branch for layer input x; the dtype is that of x."""
         raise NotImplementedError
 
+    def branch(self, t: View, x: Tensor, y: Tensor, dropped: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the adapter adds to the frozen layer's output y; only methods that read y or drop elsewhere override it.
+
+        dropped: the config's dropout while training, else the identity.
+        """
+        return self.delta(t, dropped(x))
+
+    def output(self, t: View, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """For W' = f(W): the layer's output by calls of `base` alone, the layer without this adapter.
+
+        None where that is not possible; then W' is built and applied (see `transform`).
+        """
+        return None
+
     def delta_weight(self, t: View) -> Tensor:
         """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
         raise NotImplementedError
 
+    def bias_delta(self, t: View) -> Tensor | None:
+        """What the adapter adds to the layer's bias, (out,); None: nothing. The layer may have no bias of its own."""
+        return None
+
     def merged(self, t: View, weight: Tensor) -> Tensor:
         """W' for the (out, in) weight W in fp32 or fp64."""
         return weight + self.delta_weight(t).to(weight.dtype)
+
+    def bound(self, cfg: Any) -> bool:
+        """Whether the update is a function of W, so that the adapter belongs to the base it was trained on."""
+        return False
+
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor] | None:
+        """(down, up) with delta_weight = up @ down, if the method has such factors; exports are exact with them."""
+        return None
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Largest rank that an exact plain LoRA of this layer can need after `total_steps` optimizer steps.
@@ -284,6 +310,9 @@ class LowRankMethod(Method):
     def export_rank(self, t: View, total_steps: int) -> int | None:
         with torch.no_grad():
             return min(self.factors(t).joined()[0].shape[0], *t.op.shape)
+
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor]:
+        return self.exported(t).joined()
 
     def delta(self, t: View, x: Tensor) -> Tensor:
         return low_rank_branch(t.op, x, self.factors(t))
