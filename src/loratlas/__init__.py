@@ -24,7 +24,11 @@ if TYPE_CHECKING:
     from loratlas.adapters.svfit import SVFitConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
+    from loratlas.engine.relative_fisher import relative_fisher
     from loratlas.errors import UserError
+    from loratlas.objectives.ba_lora import BALoraConfig
+    from loratlas.objectives.loku import LoKUConfig
+    from loratlas.objectives.pairing import PairCollator, PairedData
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -33,14 +37,18 @@ __version__ = "0.1.0"
 __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
+    "BALoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
+    "PairCollator",
+    "PairedData",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
@@ -52,6 +60,7 @@ __all__ = [
     "load_checkpoint",
     "load_lora",
     "newest_checkpoint",
+    "relative_fisher",
     "save_checkpoint",
 ]
 
@@ -72,6 +81,11 @@ _HOMES = {
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "calibrate": "loratlas.engine.calibrate",
+    "relative_fisher": "loratlas.engine.relative_fisher",
+    "BALoraConfig": "loratlas.objectives.ba_lora",
+    "LoKUConfig": "loratlas.objectives.loku",
+    "PairCollator": "loratlas.objectives.pairing",
+    "PairedData": "loratlas.objectives.pairing",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",
