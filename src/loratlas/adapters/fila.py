@@ -4,9 +4,9 @@
     diag(w) W ~ U S V^T, rank r         A* = sqrt(S / s) V^T,   B* = diag(1 / (w + eps)) U sqrt(S / s)
     W' = W + s (B A - B* A*)
 
-s B* A* is the best rank-r part of W where row i counts w_i. The paper moves it out of W, so that W depends less on these
-directions and A, B more; here W stays as it is (see `engine.pairs`). The factors are unbalanced by w, which changes
-their effective learning rates. `loratlas.relative_fisher` measures I.
+s B* A* is the best rank-r part of W where row i counts w_i, so that A and B act at once on the directions that hold
+what is to be forgotten. The paper moves it out of W; here W stays as it is (see `engine.pairs`). The factors are
+unbalanced by w, which changes their effective learning rates. `loratlas.relative_fisher` measures I.
 """
 
 from __future__ import annotations

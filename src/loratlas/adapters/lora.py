@@ -94,9 +94,9 @@ class AtlasLoraConfig(SvdConfig):
     lora_alpha: float | None = knob(8, "Numerator of the scaling alpha / r, as in PEFT; None means a scaling of 1.")
     init_weights: bool | str = knob(
         True,
-        "True: A kaiming uniform, B zero. 'pissa': top-r singular directions of W. 'fila': those that matter to data to "
-        "forget, after `loratlas.relative_fisher`; 'fila-code' by the official code's SVD. False: both random (for "
-        "tests).",
+        "True: A kaiming uniform, B zero. 'pissa': top-r singular directions of W. 'fila': those that matter to what "
+        "shall be forgotten, after `loratlas.relative_fisher`; 'fila-code': by the official code's SVD. False: both "
+        "random (for tests).",
     )
     use_rslora: bool = knob(False, "Scale by alpha / sqrt(r) instead of alpha / r.")
 

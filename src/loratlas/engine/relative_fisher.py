@@ -3,8 +3,8 @@
     F = (1 / sum_b c_b) sum_b c_b g_b^2        g_b: gradient of batch b's mean loss, c_b: its labels that count
     I = F_forget / (eps + F_retain)            elementwise, (out, in)
 
-g_b^2 is the square of a batch's mean gradient, as in the official code of LoKU (arXiv 2408.06621), which is smaller than
-the mean of the samples' squares, the Fisher information proper; `per_sample` takes that.
+g_b^2 is the square of a batch's mean gradient, as in the official code of LoKU (arXiv 2408.06621). That is smaller than
+the mean of the samples' squares, the Fisher information proper, which `per_sample` takes.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def relative_fisher(
         relative_fisher(model, config, forget_loader, retain_loader)
         model = get_peft_model(model, config)
 
-    Two passes of `calibrate`, with its promises: the model is left as it was, the device holds one layer's gradient at a
-    time, and all ranks of a distributed run get the same.
+    Two passes of `calibrate`, with its promises: the model is left as it was, the device holds one layer's gradient at
+    a time, and all ranks of a distributed run get the same.
 
     Args:
         model: the base model, before `get_peft_model`.
@@ -57,7 +57,7 @@ def relative_fisher(
         {module path: {"relative_fisher": (out, in)}}, on the CPU, fp32 (fp64 for fp64 models).
 
     Raises:
-        UserError: no batch in one of the two sets, a batch without labels or without one that counts; and as `calibrate`.
+        UserError: no batch in one of the sets, a batch without labels or without one that counts; and as `calibrate`.
     """
     if eps <= 0:
         raise UserError(f"relative_fisher: eps must be positive, but it is {eps}.")

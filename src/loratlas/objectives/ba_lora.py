@@ -4,7 +4,7 @@
 
 Z are the logits, P those of the pretrained model, which is the model with its adapter switched off. The first term
 holds knowledge, the second keeps predictions from collapsing, the third gathers a batch's logits in few singular
-directions; the last two pull against each other by design, so their weights are small. See `regularisers` for the terms.
+directions; the last two pull against each other by design, so their weights are small. `regularisers` has the terms.
 
     l1(s) = l1 (0.1 + 0.9 (1 + cos(pi s / S)) / 2)        l2, l3: 0 for 0.2 S steps, full 0.05 S steps later
 

@@ -1,10 +1,10 @@
 """LoKU: unlearning by an inverted hinge loss beside ordinary training on what to keep (arXiv 2408.06621, code read).
 
     IHL  = mean_t max(0, margin + p_t(y_t) - max_{v != y_t} p_t(v)),   p = softmax of the logits     forget tokens
-    L    = L_forget + retain_weight * L_retain                                                        L_retain: cross entropy
+    L    = L_forget + retain_weight * L_retain                                         retain tokens: cross entropy
 
-Gradient ascent pushes the target's probability down for ever and spreads what it takes over the whole vocabulary. IHL is
-bounded by [0, 2], moves only the target and the runner-up and stops by itself:
+Gradient ascent pushes the target's probability down for ever and spreads what it takes over the whole vocabulary. IHL
+lies in [0, 2], pushes only the target down and the runner-up up, and stops by itself:
 
     d IHL / d z = p_y (e_y - p) - p_v (e_v - p)                                          v: the runner-up
 
@@ -89,8 +89,8 @@ def _rows(inputs: Mapping[str, Any], both: bool) -> Tensor:
     forget = inputs.get(FORGET)
     if forget is None:
         raise UserError(
-            f"the batch does not say which rows to forget: give it the key {FORGET!r}, one boolean a row, as PairCollator "
-            "does (in a Trainer with remove_unused_columns=False)."
+            f"the batch does not say which rows to forget: give it the key {FORGET!r}, one boolean a row, as "
+            "PairCollator does (in a Trainer with remove_unused_columns=False)."
         )
     forget = forget.bool()
     if not bool(forget.any()):

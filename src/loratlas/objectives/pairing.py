@@ -24,11 +24,11 @@ RETAIN = "retain"
 class PairedData(Dataset[dict[str, Any]]):
     """Item i: {"forget": forget[i mod F], "retain": a random item of the retain set}.
 
-    Every pass over the forget set draws further retain items; none comes twice before all have come once. What item i is
-    depends on (seed, i) alone: workers, ranks and a resumed run see the same pairs, and nothing has to be saved.
+    Every pass over the forget set draws further retain items; none comes twice before all have come once. What item i
+    is depends on (seed, i) alone: workers, ranks and a resumed run see the same pairs, and nothing has to be saved.
 
     Args:
-        forget, retain: anything with a length and items, such as lists or `datasets.Dataset`; retain None: forget alone.
+        forget, retain: anything with a length and items: a list, a `datasets.Dataset`. retain None: forget alone.
         passes: how often the forget set is gone through; the length is passes times its own. 5 is the paper's.
         seed: of the drawing.
 
@@ -81,8 +81,8 @@ class PairCollator:
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not items or FORGET not in items[0]:
             raise UserError(
-                "PairCollator needs items of PairedData; in a Trainer set remove_unused_columns=False, which would strip "
-                "them."
+                "PairCollator needs items of PairedData; in a Trainer set remove_unused_columns=False, or they arrive "
+                "empty."
             )
         names = [name for name in (FORGET, RETAIN) if name in items[0]]
         rows = [item[name] for item in items for name in names]

@@ -1,7 +1,8 @@
 """Terms on a batch of logits: closeness to a teacher, diversity, and energy in few singular directions.
 
-Z: student logits, P: teacher logits, (n, V), one row a token or a sample. All are computed in fp32 and are scalars; each
-is the mean or the whole of one batch, so that it does not average over micro-batches or ranks as a sum of losses would.
+Z: student logits, P: teacher logits, (n, V), one row a token or a sample. All are scalars, computed in fp32.
+covariance_diversity and spectral_energy belong to a batch as a whole: over micro-batches or ranks they do not average
+to the value of all together.
 
 | term | formula | published in |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""The model as it was before training, as a teacher: the trained model with its adapter switched off, or another one."""
+"""The model as it was before training as a teacher: the trained model with its adapter switched off, or another one."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Teacher:
                 logits = self.given(**known).logits
         if logits.shape != student.shape:
             raise UserError(
-                f"{self.who}: the teacher's logits are {tuple(logits.shape)}, the model's {tuple(student.shape)}: take a "
-                "teacher with the same vocabulary or classes."
+                f"{self.who}: the teacher's logits are {tuple(logits.shape)}, the model's {tuple(student.shape)}: take "
+                "a teacher with the same vocabulary or classes."
             )
         return logits
 
@@ -79,14 +79,13 @@ def check_can_disable(model: nn.Module, who: str) -> None:
     inner = extract_model_from_parallel(model)
     if not isinstance(inner, PeftModel):
         raise UserError(
-            f"{who} compares with the model before training, which a {type(inner).__name__} without an adapter does not "
-            "keep: train an adapter, or pass a frozen copy as build(model, teacher=...)."
+            f"{who} compares with the model before training, which a {type(inner).__name__} without an adapter does "
+            "not keep: train an adapter, or pass a frozen copy as build(model, teacher=...)."
         )
     for name, config in inner.peft_config.items():
         start = getattr(config, "init_lora_weights", None)
         if isinstance(start, str) and start.startswith(_MOVING):
             raise UserError(
-                f"{who}: the start {start!r} of adapter {name!r} has rewritten the base weights, so that switching it off "
-                "does not give the pretrained model: use a loratlas adapter with that start, or pass build(model, "
-                "teacher=...)."
+                f"{who}: the start {start!r} of adapter {name!r} has rewritten the base weights, so that switching it "
+                "off does not give the pretrained model: use a loratlas adapter, or pass build(model, teacher=...)."
             )

@@ -38,8 +38,8 @@ def labelled(logits: Tensor, labels: Tensor, who: str, *, shift: bool) -> Tensor
     """
     if logits.dim() != 3 or logits.shape[:2] != labels.shape:
         raise UserError(
-            f"{who} needs logits of shape (batch, tokens, vocabulary) and labels of shape (batch, tokens), but they are "
-            f"{tuple(logits.shape)} and {tuple(labels.shape)}."
+            f"{who} needs logits of shape (batch, tokens, vocabulary) and labels of shape (batch, tokens), but they "
+            f"are {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
     mask = (labels[:, 1:] if shift else labels) != IGNORED
     rows = (logits[:, :-1] if shift else logits)[mask]
