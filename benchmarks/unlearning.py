@@ -2,14 +2,14 @@
 
     python benchmarks/unlearning.py
 
-Every person has four facts, each asked in two ways ("where does Ada live ?" "in which town is Ada at home ?"). A Llama
-of two layers learns all of them, then a LoRA unlearns those of a few people, in the first way of asking, beside a retain
-set of most others. A third group is in neither set: it shows what happens to knowledge that nobody mentions. "retrained"
-is a model that never saw the people to forget, which is what unlearning aims at.
+Every person has four facts, each asked in two ways ("where does Ada live ?", "in which town is Ada at home ?"). A Llama
+of two layers learns all of them, then a LoRA unlearns those of a few people, in the first way of asking, beside a
+retain set of most others. Bystanders are in neither set: they show what happens to knowledge that nobody mentions.
+"retrained" is a model that never saw the people to forget, which is what unlearning aims at.
 
 The measures are accuracy of the answer on what to forget, asked as in unlearning and in the other way, accuracy and
-cross entropy on the retain set, and accuracy on the third group. They are taken every 8 steps, so that the second table can
-say what was kept when an arm had first forgotten three quarters: the arms forget at very different speeds.
+cross entropy on the retain set, and accuracy on the bystanders. They are taken every 8 steps, so that the second table
+can say what was kept when an arm had first forgotten three quarters: the arms forget at very different speeds.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import random
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +42,7 @@ FACTS = {  # kind: two ways of asking, number of possible answers
     "dish": ("what does NAME like to eat ?", "which dish is the favourite of NAME ?", 12),
 }
 RANK, BATCH, EVERY = 4, 16, 8
+EARLY = 2  # measures after the first at which the starts are compared
 RATES = (1e-3, 3e-3)
 LEFT = 0.25  # accuracy on the forget set at which it counts as forgotten; guessing gives 1/12
 ARMS: dict[str, tuple[LoKUConfig, Any]] = {
@@ -51,6 +52,7 @@ ARMS: dict[str, tuple[LoKUConfig, Any]] = {
     "IHL": (LoKUConfig(), True),
     "IHL + FILA (LoKU)": (LoKUConfig(), "fila"),
 }
+HEAD = ("", "forget, %", "asked otherwise, %", "retain, %", "retain loss", "bystanders, %")
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Measures:
 
 def main(
     seeds: Annotated[int, typer.Option(min=1, help="Worlds, models and orders of the data.")] = 3,
-    steps: Annotated[int, typer.Option(min=EVERY, help="Unlearning steps.")] = 144,
+    steps: Annotated[int, typer.Option(min=EARLY * EVERY, help="Unlearning steps.")] = 144,
     threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
     out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "unlearning.json",
 ) -> None:
@@ -88,7 +90,7 @@ def main(
     bars, tables = bars_of(runs), [ends(runs), crossings(runs)]
     for each in (bars_table(bars), *tables):
         each.show(console())
-    data = {name: [[asdict(m) for m in curve] for curve in curves] for name, curves in runs.items()}
+    data = {name: [by_measure(curve) for curve in curves] for name, curves in runs.items()}
     settings = {"rounds": seeds, "steps": steps, "r": RANK, "batch": BATCH, "seed": 0}
     save(out, settings, data, bars, tables)
     console().print(f"written to {out}")
@@ -98,19 +100,13 @@ def bars_of(runs: dict[str, list[list[Measures]]]) -> list[Bar]:
     """What the paper claims of its two parts, one ratio a seed."""
     bars = []
     for rate in RATES:
-        loss = {arm: [curve[-1].retain_loss for curve in runs[f"{arm}, lr {rate:g}"]] for arm in ("IHL", "GradDiff")}
-        left = {arm: [curve[2].forget for curve in runs[f"{arm}, lr {rate:g}"]] for arm in ("IHL + FILA (LoKU)", "IHL")}
-        bars.append(
-            Bar(f"retain loss at the end, IHL / GradDiff, lr {rate:g}", 0.5, ratio(loss["IHL"], loss["GradDiff"]))
-        )
-        sooner = ratio(left["IHL + FILA (LoKU)"], left["IHL"])
-        bars.append(
-            Bar(f"left of the forget set after {2 * EVERY} steps, FILA / LoRA's start, lr {rate:g}", 0.9, sooner)
-        )
+        diff, hinge, loku = (runs[f"{arm}, lr {rate:g}"] for arm in ("GradDiff", "IHL", "IHL + FILA (LoKU)"))
+        kept = ratio([curve[-1].retain_loss for curve in hinge], [curve[-1].retain_loss for curve in diff])
+        sooner = ratio([curve[EARLY].forget for curve in loku], [curve[EARLY].forget for curve in hinge])
+        bars.append(Bar(f"retain loss at the end, IHL / GradDiff, lr {rate:g}", 0.5, kept))
+        claim = f"left to forget after {EARLY * EVERY} steps of IHL, FILA / LoRA's start, lr {rate:g}"
+        bars.append(Bar(claim, 0.9, sooner))
     return bars
-
-
-HEAD = ("", "forget, %", "asked otherwise, %", "retain, %", "retain loss", "bystanders, %")
 
 
 def ends(runs: dict[str, list[list[Measures]]]) -> Table:
@@ -127,8 +123,12 @@ def crossings(runs: dict[str, list[list[Measures]]]) -> Table:
             continue
         when = f"{statistics.mean(m.step for m in found):.0f}, {len(found)} of {len(curves)} seeds"
         rows.append((name, when, *cells(found)))
-    title = f"When at most {100 * LEFT:.0f} % of the forget set is left for the first time: mean over the seeds that got there"
+    title = f"When at most {100 * LEFT:.0f} % of the forget set is first left: mean over the seeds that got there"
     return Table(title, ("", "step", *HEAD[1:]), rows)
+
+
+def by_measure(curve: list[Measures]) -> dict[str, list[float]]:
+    return {field.name: [round(getattr(m, field.name), 4) for m in curve] for field in fields(Measures)}
 
 
 def cells(found: list[Measures]) -> tuple[str, ...]:

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from loratlas import AtlasLoraConfig, LoraGAConfig, UserError, calibrate, relative_fisher
 from loratlas.engine.config import AtlasConfig
+from loratlas.engine.relative_fisher import row_weights
 
 Batches = list[dict[str, Tensor]]
 
@@ -75,6 +76,14 @@ def test_samples_one_by_one_and_a_number_of_batches() -> None:
     torch.testing.assert_close(found, expected)
     together = relative_fisher(net(), config(), forget, retain, loss=loss, steps=1)
     assert not torch.allclose(found["0"]["relative_fisher"], together["0"]["relative_fisher"], rtol=0.1)
+
+
+def test_balanced_rows_weigh_one_in_the_mean() -> None:
+    data = batches(1, (3, 6)), batches(2, (5,))
+    plain = relative_fisher(net(), config(), *data, loss=loss)["0"]["relative_fisher"]
+    found = relative_fisher(net(), config(), *data, loss=loss, balanced=True)["0"]["relative_fisher"]
+    assert float(row_weights(found).mean()) == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(found / found.sum(), plain / plain.sum())
 
 
 def test_what_is_refused() -> None:

@@ -81,6 +81,14 @@ def test_wide_logits_take_the_randomised_path_and_leave_the_global_generator_alo
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
+def test_mixed_precision_does_not_reach_the_products() -> None:
+    z = logits(9, 30)
+    plain = terms.covariance_diversity(z), terms.spectral_energy(z, 3), terms.spectral_energy(z, 3, "sum")
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = terms.covariance_diversity(z), terms.spectral_energy(z, 3), terms.spectral_energy(z, 3, "sum")
+    assert mixed == plain
+
+
 def test_confidence_falls_with_the_teachers_entropy() -> None:
     assert terms.confidence(torch.zeros(3, 11)) == pytest.approx(0.0, abs=1e-6)
     assert terms.confidence(torch.eye(11)[:3] * 1e3) == pytest.approx(1.0, abs=1e-6)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from loratlas.engine import pairs
 from loratlas.engine.method import RELATIVE_FISHER, View
+from loratlas.engine.relative_fisher import row_weights
 from loratlas.linalg.factorise import row_weighted_svd
 
 FILA = ("fila", "fila-code")
@@ -25,7 +26,7 @@ CODE = {"method": "torch", "niter": 2}
 def fila_start(t: View, weight: Tensor) -> int | None:
     """Start the pairs of `t`; returns the rank where the weighted W has less than t.r, as `Method.init` does."""
     options = CODE if t.cfg.init_weights == "fila-code" else t.cfg.svd_options()
-    rows = t.statistics[RELATIVE_FISHER].to(weight.dtype).sum(1).sqrt()
+    rows = row_weights(t.statistics[RELATIVE_FISHER].to(weight.dtype))
     up, s, vh = row_weighted_svd(weight, rows, t.r, **options)
     if len(s) < t.r:
         return len(s)

@@ -96,7 +96,7 @@ class Objective:
         return self(model, batch, outputs), outputs
 
     def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The loss of one batch, model forward included: for plain loops and `calibrate`."""
+        """The loss of one batch, model forward included: all that a plain loop needs."""
         return self.forward(model, batch)[0]
 
 

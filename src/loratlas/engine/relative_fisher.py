@@ -33,6 +33,7 @@ def relative_fisher(
     steps: int | None = None,
     eps: float = 1e-5,
     per_sample: bool = False,
+    balanced: bool = False,
     loss: Loss | None = None,
 ) -> Statistics:
     """Gather I of the layers that `config` targets; it is returned and stored as `config.calibration`.
@@ -51,6 +52,8 @@ def relative_fisher(
         steps: number of batches to use of each; None: all.
         eps: what keeps I finite where nothing of `retain` needs a weight.
         per_sample: take the samples of each batch one by one: slower, and independent of the batch size.
+        balanced: scale I of every layer so that its rows weigh 1 in the mean: FILA's factors are then about as large as
+            PiSSA's. Not in the paper.
         loss: (model, batch) -> the batch's mean loss, for models that return none.
 
     Returns:
@@ -64,11 +67,18 @@ def relative_fisher(
     parts = {}
     for name, batches in (("forget", forget), ("retain", retain)):
         parts[name] = _fisher(model, config, batches, name, steps, per_sample, loss)
-    config.calibration = {
-        path: {RELATIVE_FISHER: found["fisher"].div_(eps + parts["retain"][path]["fisher"])}
-        for path, found in parts["forget"].items()
-    }
+    config.calibration = {}
+    for path, found in parts["forget"].items():
+        relative = found["fisher"].div_(eps + parts["retain"][path]["fisher"])
+        if balanced and relative.any():
+            relative /= row_weights(relative).mean().square()
+        config.calibration[path] = {RELATIVE_FISHER: relative}
     return config.calibration
+
+
+def row_weights(relative: Tensor) -> Tensor:
+    """w_i = sqrt(sum_j I_ij), (out,): how much a row of the weight matters."""
+    return relative.sum(1).sqrt()
 
 
 def _fisher(

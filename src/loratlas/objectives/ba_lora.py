@@ -101,7 +101,8 @@ class BALora(Objective):
         self._clock = (step, total)
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-        """
+        """The task's loss plus the weighted terms; `outputs.loss` itself where all weights are 0.
+
         Raises:
             UserError: no loss or logits in `outputs`, logits of another shape than the task's, no label in the batch, a
                 schedule that was not told the step.

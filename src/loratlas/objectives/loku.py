@@ -71,7 +71,8 @@ class LoKU(Objective):
         self.forget_loss, self.retain_weight = forget_loss, retain_weight
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-        """
+        """The loss of the rows to forget plus retain_weight times that of the others; `outputs.loss` is not used.
+
         Raises:
             UserError: the batch does not say which rows to forget, has none of either set, or one of them no label.
         """
