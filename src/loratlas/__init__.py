@@ -30,7 +30,11 @@ if TYPE_CHECKING:
     from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
+    from loratlas.engine.relative_fisher import relative_fisher
     from loratlas.errors import UserError
+    from loratlas.objectives.ba_lora import BALoraConfig
+    from loratlas.objectives.loku import LoKUConfig
+    from loratlas.objectives.pairing import PairCollator, PairedData
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.train.atomic import AtomicCheckpoints
@@ -43,6 +47,7 @@ __all__ = [
     "AtlasLoraConfig",
     "AtlasMissConfig",
     "AtomicCheckpoints",
+    "BALoraConfig",
     "BlockLoraConfig",
     "BoneConfig",
     "DyLoraConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
     "LoraGgpoConfig",
@@ -58,6 +64,8 @@ __all__ = [
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
+    "PairCollator",
+    "PairedData",
     "PerturbedAdamW",
     "SRLoraConfig",
     "SVFitConfig",
@@ -71,6 +79,7 @@ __all__ = [
     "load_checkpoint",
     "load_lora",
     "newest_checkpoint",
+    "relative_fisher",
     "save_checkpoint",
     "set_rank",
 ]
@@ -104,6 +113,11 @@ _HOMES = {
     "SVFitConfig": "loratlas.adapters.svfit",
     "WaRAConfig": "loratlas.adapters.wara",
     "calibrate": "loratlas.engine.calibrate",
+    "relative_fisher": "loratlas.engine.relative_fisher",
+    "BALoraConfig": "loratlas.objectives.ba_lora",
+    "LoKUConfig": "loratlas.objectives.loku",
+    "PairCollator": "loratlas.objectives.pairing",
+    "PairedData": "loratlas.objectives.pairing",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from loratlas.engine.binding import ANOTHER_BASE, BASE_HASH, fingerprint
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.merging import Merging
+from loratlas.engine.method import RELATIVE_FISHER
 from loratlas.errors import UserError
 
 CLOCK = ("step", "total_steps")  # int64 scalars kept with every adapter whose method acts while training
@@ -68,9 +69,11 @@ class Making(Merging):
         found = {}
         for name in self.method.gather(config):
             if name not in given:
+                relative = name == RELATIVE_FISHER
+                call = f"{name}(model, config, forget, retain)" if relative else "calibrate(model, config, batches)"
                 raise UserError(
                     f"{self.method.name} starts from the {name} of this layer on your data: call "
-                    "loratlas.calibrate(model, config, batches) before get_peft_model."
+                    f"loratlas.{call} before get_peft_model."
                 )
             expected = (n_in, n_in) if name == "activation" else (n_out, n_in)
             if given[name].shape != expected:

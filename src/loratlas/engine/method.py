@@ -28,6 +28,10 @@ if TYPE_CHECKING:
     from loratlas.engine.lifecycle import StepContext
     from loratlas.engine.ops import Op
 
+RELATIVE_FISHER = (
+    "relative_fisher"  # the statistic of two data sets; `relative_fisher` gathers it, `calibrate` the rest
+)
+
 
 class View:
     """One adapter's tensors on one layer, as a method sees them: `t.A`, `t.B`, ... and the facts around them.
