@@ -25,6 +25,7 @@ ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.ent
 SMALL: dict[str, dict[str, Any]] = {
     "lora-sb": {"init_lr": 0.01},
     "lora-xs": {"init_std": 0.01},
+    "nola": {"num_basis": 24},
     "salt": {"scale_ratio": 0.4},
     "srlora": {"r_target": 12},
 }

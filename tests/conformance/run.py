@@ -47,6 +47,12 @@ CASES = {
         "kinds": KINDS[:2] + KINDS[3:],
         "kwargs": {"r": 4, "init_weights": "slora"},
     },
+    "nola": {
+        "config": "loratlas:NolaConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "num_basis": 16},
+    },
+    "randlora": {"config": "loratlas:RandLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form
