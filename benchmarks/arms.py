@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from paired import clock
-from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -20,6 +20,9 @@ FP32, BF16 = torch.float32, torch.bfloat16
 RANK, VOCABULARY = 8, 1000
 EVENTS = 6  # of SRLoRA: half the pairs each, two ranks a pair, a history of 48
 PARTS = ("step", "forward", "backward")
+# {method of the catalogue: PEFT's arm of the same function, which is measured beside it, and how many times as long as
+# ours its step must take}
+TWINS = {"miss": ("peft-miss", 1.15), "bone": ("peft-bat", 1.0), "randlora": ("peft-randlora", 1.15)}
 ARMS = ("frozen", "peft", "lora", "pissa", "srlora", "srlora-inplace")
 
 
@@ -98,7 +101,7 @@ class Arm:
 
 
 def make_arm(name: str, setting: Setting) -> Arm:
-    """The arm `name`: one of `ARMS`, a method of the catalogue, or PEFT's "peft-miss" or "peft-bat"."""
+    """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
     model: Any = setting.encoder()
     generator = torch.Generator().manual_seed(1)
     size = (setting.batch, setting.length)
@@ -133,6 +136,10 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
         variant: Any = True if name == "peft-miss" else "bat"
         dropout = shared.pop("lora_dropout")
         return MissConfig(init_weights=variant, miss_dropout=dropout, **shared)
+    if name == "peft-randlora":
+        # r and the scaling are those of our arm; PEFT's own default of alpha is 20 r too
+        renamed = {"randlora_dropout": shared.pop("lora_dropout"), "randlora_alpha": 20 * RANK}
+        return RandLoraConfig(**shared, **renamed)
     if name == "lora":
         return AtlasLoraConfig(**shared)
     if name == "pissa":

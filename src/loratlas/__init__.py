@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from loratlas.adapters.lora_ga import LoraGAConfig
     from loratlas.adapters.lora_sb import LoraSBConfig, LoraXSConfig
     from loratlas.adapters.nlora import NLoraConfig
+    from loratlas.adapters.nola import NolaConfig
+    from loratlas.adapters.randlora import RandLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
@@ -64,9 +66,11 @@ __all__ = [
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
+    "NolaConfig",
     "PairCollator",
     "PairedData",
     "PerturbedAdamW",
+    "RandLoraConfig",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
@@ -99,6 +103,8 @@ _HOMES = {
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
     "NLoraConfig": "loratlas.adapters.nlora",
+    "NolaConfig": "loratlas.adapters.nola",
+    "RandLoraConfig": "loratlas.adapters.randlora",
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",
