@@ -60,5 +60,5 @@ def test_unknown_names_get_a_suggestion_and_planned_ones_a_sentence() -> None:
         find("srlroa")
     with pytest.raises(UserError, match="loratlas methods"):
         find("zzzzzzzz")
-    with pytest.raises(UserError, match="sora is planned"):
-        load_entry(find("sora"))
+    with pytest.raises(UserError, match="m2mkd is planned"):
+        load_entry(find("m2mkd"))

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.nlora import NLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
+    from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
     from loratlas.engine.calibrate import calibrate
@@ -45,6 +46,7 @@ __all__ = [
     "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
+    "SoRAConfig",
     "UserError",
     "__version__",
     "attach",
@@ -66,6 +68,7 @@ _HOMES = {
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",
+    "SoRAConfig": "loratlas.adapters.sora",
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",

@@ -47,6 +47,7 @@ CASES = {
         "kinds": KINDS[:2] + KINDS[3:],
         "kwargs": {"r": 4, "init_weights": "slora"},
     },
+    "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form

@@ -206,12 +206,12 @@ class AtlasLayer(nn.Module, Making):
 
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of a low-rank adapter without gradients, scaling folded in; None for other methods."""
+    """(down, up) of a low-rank adapter as it is exported, scaling folded in; None for other methods."""
     method = view.layer.method
     if not isinstance(method, LowRankMethod):
         return None
     with torch.no_grad():
-        return method.factors(view).joined()
+        return method.exported(view).joined()
 
 
 def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:

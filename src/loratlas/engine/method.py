@@ -138,6 +138,7 @@ class Method:
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
+        undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`.
     """
@@ -148,6 +149,7 @@ class Method:
     buffers: ClassVar[tuple[str, ...]] = ()
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -225,6 +227,9 @@ class Method:
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
 
+    def pace(self, views: Sequence[View], ctx: StepContext, scheduler: Any) -> None:
+        """Runs when training starts, where the scheduler of the learning rate is known (see `phases`)."""
+
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
 
@@ -249,7 +254,8 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("begin", "before_step", "after_step", "extra_loss"))
+        hooks = ("begin", "before_step", "after_step", "extra_loss")
+        return bool(cls.undecayed) or any(cls.overrides(hook) for hook in hooks)
 
 
 class LowRankMethod(Method):
@@ -262,6 +268,10 @@ class LowRankMethod(Method):
     def factors(self, t: View) -> Factors:
         """The update of one layer in low-rank form."""
         raise NotImplementedError
+
+    def exported(self, t: View) -> Factors:
+        """What an export ships: `factors`, less what adds nothing. Here values may be looked at; no gradients."""
+        return self.factors(t)
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
