@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.codyra import CoDyRAConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -34,6 +35,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
+    "CoDyRAConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -59,6 +61,7 @@ __all__ = [
 
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "CoDyRAConfig": "loratlas.adapters.codyra",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "LamdaConfig": "loratlas.adapters.lamda",

@@ -1,6 +1,6 @@
 """How the rank of a layer moved: a growing buffer rank_log (k, 2) of [optimizer step, rank from that step on].
 
-The first entry is of step 0. A step that is smaller than the one before begins a new plan (`attach` with restart).
+An entry of step 0 begins a plan; a method that starts again, as for another task, has several.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def due(ctx: StepContext) -> bool:
 def note(t: View, step: int, rank: int) -> None:
     """Write down that `t` has `rank` from `step` on, if that is news."""
     log = t.rank_log
-    if len(log) == 0 or int(log[-1, 1]) != rank or int(log[-1, 0]) > step:
+    if step == 0 or len(log) == 0 or int(log[-1, 1]) != rank:
         t.grow(LOG, torch.cat((log, torch.tensor([[step, rank]], dtype=log.dtype, device=log.device))))
 
 
