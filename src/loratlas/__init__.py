@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.allora import ALLoraConfig
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
+    from loratlas.adapters.codyra import CoDyRAConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.lamda import LamdaConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.randlora import RandLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
+    from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
     from loratlas.adapters.wara import WaRAConfig
@@ -52,6 +54,7 @@ __all__ = [
     "BALoraConfig",
     "BlockLoraConfig",
     "BoneConfig",
+    "CoDyRAConfig",
     "DyLoraConfig",
     "HydraConfig",
     "LamdaConfig",
@@ -75,6 +78,7 @@ __all__ = [
     "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
+    "SoRAConfig",
     "UserError",
     "WaRAConfig",
     "__version__",
@@ -96,6 +100,7 @@ _HOMES = {
     "AtlasMissConfig": "loratlas.adapters.bone",
     "BlockLoraConfig": "loratlas.adapters.block_lora",
     "BoneConfig": "loratlas.adapters.bone",
+    "CoDyRAConfig": "loratlas.adapters.codyra",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "HydraConfig": "loratlas.adapters.hydra",
@@ -108,6 +113,7 @@ _HOMES = {
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",
+    "SoRAConfig": "loratlas.adapters.sora",
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",

@@ -217,7 +217,7 @@ class AtlasLayer(nn.Module, Making):
 
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of a low-rank adapter without gradients, scaling folded in; None for other methods."""
+    """(down, up) of a low-rank adapter as it is exported, scaling folded in; None for other methods."""
     with torch.no_grad():
         return view.layer.method.lora_factors(view)
 

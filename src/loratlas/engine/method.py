@@ -143,6 +143,7 @@ class Method:
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
         shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
+        undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
@@ -154,6 +155,7 @@ class Method:
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -276,6 +278,9 @@ class Method:
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
 
+    def pace(self, views: Sequence[View], ctx: StepContext, scheduler: Any) -> None:
+        """Runs when training starts, where the scheduler of the learning rate is known (see `phases`)."""
+
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
 
@@ -300,7 +305,8 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("begin", "before_step", "after_step", "extra_loss"))
+        hooks = ("begin", "before_step", "after_step", "extra_loss")
+        return bool(cls.undecayed) or any(cls.overrides(hook) for hook in hooks)
 
 
 class LowRankMethod(Method):
@@ -315,7 +321,7 @@ class LowRankMethod(Method):
         raise NotImplementedError
 
     def exported(self, t: View) -> Factors:
-        """The update that an export ships; a method whose pairs can be out of use leaves those out."""
+        """What an export ships: `factors`, less what adds nothing. Here values may be looked at; no gradients."""
         return self.factors(t)
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter] | None:
