@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from loratlas.adapters.allora import ALLoraConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
+    from loratlas.adapters.increlora import IncreLoraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.triadaptlora import TriAdaptLoraConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
@@ -37,6 +39,7 @@ __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
     "DyLoraConfig",
+    "IncreLoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -49,6 +52,7 @@ __all__ = [
     "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
+    "TriAdaptLoraConfig",
     "UserError",
     "__version__",
     "attach",
@@ -67,6 +71,7 @@ _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
+    "IncreLoraConfig": "loratlas.adapters.increlora",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
@@ -79,6 +84,7 @@ _HOMES = {
     "attach": "loratlas.engine.lifecycle",
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
+    "TriAdaptLoraConfig": "loratlas.adapters.triadaptlora",
     "calibrate": "loratlas.engine.calibrate",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",

@@ -206,7 +206,7 @@ class AtlasLayer(nn.Module, Making):
 
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of a low-rank adapter without gradients, scaling folded in; None for other methods."""
+    """(down, up) of a low-rank adapter as it is exported, scaling folded in, no gradients; None for other methods."""
     method = view.layer.method
     if not isinstance(method, LowRankMethod):
         return None

@@ -141,9 +141,16 @@ class Lifecycle:
         """The model's output with the methods' terms added to its loss, if it has one."""
         loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
-            active = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
-            output["loss"] = loss + sum(group.method.extra_loss(group.views) for group in active)
+            output["loss"] = loss + self.extra_loss()
         return output
+
+    def extra_loss(self) -> Tensor | float:
+        """The methods' terms of the loss, for loops that compute their loss outside the model; 0.0 if there are none.
+
+        Where the model's output carries a loss, they are part of it already.
+        """
+        active = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
+        return sum((group.method.extra_loss(group.views) for group in active), 0.0)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -232,7 +239,7 @@ def _refuse_shards(groups: list[Group]) -> None:
         if any(is_sharded(getattr(view, name)) for view in views for name in method.params):
             raise UserError(
                 f"{method.name} adds a term to the loss that needs whole parameters, which FSDP2 frees before the loss "
-                "is known: use DistributedDataParallel."
+                "is known: use DistributedDataParallel, or configure it without that term."
             )
 
 

@@ -60,3 +60,10 @@ def fill(param: Tensor, dim: int, slots: Tensor, std: float, generator: torch.Ge
     shape = list(param.shape)
     shape[dim] = len(slots)
     put_(param, dim, slots, torch.randn(shape, generator=generator).mul_(std).to(param))
+
+
+def clear(param: Tensor, dim: int, slots: Tensor) -> None:
+    """Set the slices `slots` of `param` along `dim` to zero."""
+    shape = list(param.shape)
+    shape[dim] = len(slots)
+    put_(param, dim, slots, torch.zeros(shape, dtype=param.dtype, device=slots.device))
