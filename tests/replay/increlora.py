@@ -109,7 +109,7 @@ def step(i: int, golden: Golden, model: Any, views: list[View], optimizer: Any, 
     loss.backward()
     for k, t in enumerate(views):
         if t.seen is not None:
-            close(f"s{i}.l{k}.score", t.seen[0], golden[f"s{i}.l{k}.score"])
+            close(f"s{i}.l{k}.score", t.seen, golden[f"s{i}.l{k}.score"])
     optimizer.step()
     optimizer.zero_grad()
 

@@ -28,7 +28,7 @@ from loratlas.engine.lifecycle import StepContext
 from loratlas.engine.method import Factors, View
 from loratlas.engine.moments import restarted_rates, run_rate, slot_rates
 from loratlas.engine.registry import adapter
-from loratlas.engine.sharded import put_, summed
+from loratlas.engine.sharded import averaged, put_
 
 RESERVE = 1e-5  # singular value of pairs that learn in advance
 
@@ -37,7 +37,7 @@ class IncreLora(GrowingMethod):
     """Buffers, beside those of `engine.growing`: drawn (r_max,), the step at which a pair was drawn (`born` says when
     its singular value began to train); reserve (), the singular value of the reserves now, 0 once they are switched
     off; average, uncertainty (), the smoothed score; peak (2, r_max), for the warm-up of pairs and singular values.
-    Derived: seen (2,), the sum of this step's scores and their number; there only while a score is wanted."""
+    Derived: seen (), the score of this step so far; there only while one is wanted."""
 
     name = "increlora"
     params = ("A", "B", "E")
@@ -112,7 +112,7 @@ class IncreLora(GrowingMethod):
         for t in views:
             store = t.layer.store("seen")
             if wanted:
-                store[t.adapter] = t.E.new_zeros(2)
+                store[t.adapter] = torch.zeros_like(t.average)
             elif t.adapter in store:
                 del store[t.adapter]
 
@@ -134,8 +134,7 @@ class IncreLora(GrowingMethod):
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         if views[0].seen is not None:
-            total, count = summed(torch.stack([t.seen for t in views])).unbind(1)
-            scores = list((total / count.clamp(min=1)).unbind())
+            scores = list(averaged(torch.stack([t.seen for t in views])).unbind())
             average, uncertainty = [t.average for t in views], [t.uncertainty for t in views]
             smooth_(scores, average, uncertainty, views[0].cfg.beta1, views[0].cfg.beta2)
         super().before_step(views, ctx)
@@ -159,7 +158,7 @@ class IncreLora(GrowingMethod):
     def grow(self, t: View, gain: int, ctx: StepContext, generator: torch.Generator) -> None:
         first = min(int(t.rank) + t.cfg.ahead(), len(t.born))
         alive = slots.wake(t, gain, ctx)
-        put_(t.E, 0, alive, t.E.new_full(alive.shape, RESERVE if t.cfg.advance_learn else 0.0))
+        put_(t.E, 0, alive, t.average.new_full(alive.shape, RESERVE if t.cfg.advance_learn else 0.0))
         self.draw(t, first, ctx, generator)
 
     def draw(self, t: View, first: int, ctx: StepContext, generator: torch.Generator) -> None:
@@ -186,9 +185,13 @@ class IncreLora(GrowingMethod):
 
 
 def _watch(seen: Tensor, down: Tensor, up: Tensor, g: Tensor, x: Tensor) -> None:
-    """Add the score of one backward pass to `seen`, unless an overflow spoils it, whose step a GradScaler skips."""
+    """Add the score of a backward pass to `seen`, unless an overflow spoils it, whose step a GradScaler skips.
+
+    As gradients do, scores add up over micro-batches, whose losses are divided by their number, and are averaged over
+    ranks.
+    """
     score = update_sensitivity(g, x, down, up) / (up.shape[0] * down.shape[1]) ** 0.5
-    seen.add_(torch.where(score.isfinite(), torch.stack((score, torch.ones_like(score))), 0.0))
+    seen.add_(torch.where(score.isfinite(), score, 0.0))
 
 
 @adapter(IncreLora())

@@ -39,6 +39,7 @@ class TriAdaptLora(GrowingMethod):
     name = "triadaptlora"
     params = ("A", "B", "L", "U")
     buffers = (*GrowingMethod.buffers, "block", "norm")
+    schedule = (*GrowingMethod.schedule, "total_step")
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {**super().dtypes(), "block": torch.int64}
@@ -71,9 +72,6 @@ class TriAdaptLora(GrowingMethod):
             return Factors(t.A, t.B @ (core(t, t.L, t.U) * self.share(t)))
 
     # ------------------------------------------------------------------------------------------------- the schedule
-
-    def scheduled(self, cfg: TriAdaptLoraConfig) -> bool:
-        return super().scheduled(cfg) and cfg.total_step is not None
 
     def cadence(self, views: Sequence[View], budget: int, warmup: int, total_steps: int) -> tuple[int, int]:
         return views[0].cfg.incre_interval or max(1, total_steps // 20), len(views)

@@ -52,6 +52,8 @@ class Plan(NamedTuple):
 class GrowingMethod(LowRankMethod):
     """Subclasses score the modules, say how many grow in a round, and what a new slot starts from.
 
+    schedule: the options that say when to grow, whatever the length of the run.
+
     Buffers beside those of `slots`: budget (), once training has begun the ranks of all modules together at its end.
     """
 
@@ -59,6 +61,7 @@ class GrowingMethod(LowRankMethod):
     params: ClassVar[tuple[str, ...]] = ("A", "B")
     buffers: ClassVar[tuple[str, ...]] = (*slots.BUFFERS, "budget")
     growing: ClassVar[tuple[str, ...]] = ("rank_log",)
+    schedule: ClassVar[tuple[str, ...]] = ("init_warmup", "incre_interval")
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {**slots.INTEGERS, "budget": torch.int64}
@@ -108,10 +111,10 @@ class GrowingMethod(LowRankMethod):
 
     def check_training(self, views: Sequence[View], ctx: StepContext) -> None:
         cfg, total = views[0].cfg, ctx.total_steps
-        if not total and not self.scheduled(cfg):
+        if not total and any(getattr(cfg, name) is None for name in self.schedule):
             raise UserError(
-                f"{self.name} spreads its growth over the run: pass attach(..., total_steps=N), or set init_warmup and "
-                "incre_interval."
+                f"{self.name} spreads its growth over the run: pass attach(..., total_steps=N), or set "
+                f"{', '.join(self.schedule)}."
             )
         plan = self.plan(views, total)
         if ctx.step > 0:
@@ -132,15 +135,11 @@ class GrowingMethod(LowRankMethod):
         if reached < plan.budget:
             message = (
                 f"{self.name}: in {total} steps its rounds of growth, every {plan.interval} after step {plan.warmup}, "
-                f"get from {ranks} to {reached} of the {plan.budget} ranks that r stands for: "
+                f"get from {ranks} to {reached} of the {plan.budget} ranks of its budget: "
             )
             if cfg.init_warmup is not None or cfg.incre_interval is not None:
                 raise UserError(f"{message}lower init_warmup or incre_interval, or train longer.")
             warnings.warn(f"{message}train longer.", stacklevel=2)
-
-    def scheduled(self, cfg: Any) -> bool:
-        """Whether the config says when to grow, whatever the length of the run."""
-        return cfg.init_warmup is not None and cfg.incre_interval is not None
 
     def reach(self, plan: Plan, ranks: int, cfg: Any, total_steps: int) -> int:
         """Ranks of all modules after `total_steps` steps, if those that are chosen have room."""
