@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.codyra import CoDyRAConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
+    from loratlas.adapters.increlora import IncreLoraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.triadaptlora import TriAdaptLoraConfig
     from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
@@ -57,6 +59,7 @@ __all__ = [
     "CoDyRAConfig",
     "DyLoraConfig",
     "HydraConfig",
+    "IncreLoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -79,6 +82,7 @@ __all__ = [
     "SaltConfig",
     "SoKAConfig",
     "SoRAConfig",
+    "TriAdaptLoraConfig",
     "UserError",
     "WaRAConfig",
     "__version__",
@@ -104,6 +108,7 @@ _HOMES = {
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "HydraConfig": "loratlas.adapters.hydra",
+    "IncreLoraConfig": "loratlas.adapters.increlora",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
@@ -124,6 +129,7 @@ _HOMES = {
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "WaRAConfig": "loratlas.adapters.wara",
+    "TriAdaptLoraConfig": "loratlas.adapters.triadaptlora",
     "calibrate": "loratlas.engine.calibrate",
     "relative_fisher": "loratlas.engine.relative_fisher",
     "BALoraConfig": "loratlas.objectives.ba_lora",

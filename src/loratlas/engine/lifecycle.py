@@ -167,7 +167,7 @@ class Lifecycle:
         """The sum of what methods add to the loss; only for loops that do not take the loss from the model's output."""
         self._terms_due = False
         active = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
-        return sum(group.method.extra_loss(group.views) for group in active)
+        return sum((group.method.extra_loss(group.views) for group in active), 0.0)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -262,7 +262,7 @@ def _refuse_shards(groups: list[Group]) -> None:
         if any(is_sharded(getattr(view, name)) for view in views for name in method.params):
             raise UserError(
                 f"{method.name} adds a term to the loss that needs whole parameters, which FSDP2 frees before the loss "
-                "is known: use DistributedDataParallel."
+                "is known: use DistributedDataParallel, or configure it without that term."
             )
 
 

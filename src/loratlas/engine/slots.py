@@ -57,4 +57,11 @@ def fill(param: Tensor, dim: int, slots: Tensor, std: float, generator: torch.Ge
     """Start the slices `slots` of `param` along `dim` at N(0, std^2), drawn on the CPU in fp32."""
     shape = list(param.shape)
     shape[dim] = len(slots)
-    put_(param, dim, slots, torch.randn(shape, generator=generator).mul_(std).to(param))
+    put_(param, dim, slots, torch.randn(shape, generator=generator).mul_(std).to(slots.device, param.dtype))
+
+
+def clear(param: Tensor, dim: int, slots: Tensor) -> None:
+    """Set the slices `slots` of `param` along `dim` to zero."""
+    shape = list(param.shape)
+    shape[dim] = len(slots)
+    put_(param, dim, slots, torch.zeros(shape, dtype=param.dtype, device=slots.device))
