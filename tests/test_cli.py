@@ -270,7 +270,7 @@ def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:
 
 MISTAKES = {
     "unknown method": (["train", "srlroa", "--demo"], "no method 'srlroa': did you mean srlora"),
-    "planned method": (["train", "sora", "--demo"], "sora is planned and not implemented yet"),
+    "planned method": (["train", "m2mkd", "--demo"], "m2mkd is planned and not implemented yet"),
     "no data": (["train", "srlora"], "--model and --data missing"),
     "unknown option": (["train", "srlora", "--demo", "--set", "gama=1"], "no option 'gama': did you mean gamma?"),
     "value out of range": (["train", "srlora", "--demo", "--set", "r_target=2"], "r_target"),

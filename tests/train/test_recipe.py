@@ -137,7 +137,7 @@ CONFLICTS = {
     "label as text": ({"data": "d", "text_columns": "a", "label_column": "a"}, "is one of text_columns as well"),
     "label without use": ({"data": "d", "task": "causal-lm", "label_column": "a"}, "has no use for causal-lm"),
     "options of each other": ({"options": {"r": 8, "r_target": 4}}, "r_target must be at least r=8"),
-    "planned method": ({"method": "sora"}, "sora is planned"),
+    "planned method": ({"method": "m2mkd"}, "m2mkd is planned"),
     "no method": ({"method": "loar"}, "did you mean lora"),
     "not finite": ({"learning_rate": float("nan")}, "learning_rate must be above 0, but it is nan"),
 }

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import TrainingArguments, set_seed
 
+from loratlas.analysis.ranks import rank_history
 from loratlas.analysis.recomposition import recompositions
 from loratlas.engine.lifecycle import LifecycleCallback
 from loratlas.errors import UserError
@@ -196,6 +197,7 @@ def _run(
         peak_memory_bytes=memory.bytes(),
         adapter_dir=str(adapter_dir),
         events=recompositions(adapter_dir),
+        ranks=rank_history(adapter_dir),
         diverged_at=diverged,
         adapted_modules=known.modules,
         scaling=known.scaling,
