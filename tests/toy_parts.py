@@ -67,6 +67,21 @@ class PairsConfig(HeavyConfig):
     needs_pairs: ClassVar[bool] = True
 
 
+class Scaled(Objective):
+    """`told`: the steps that it was told, each as (step, total)."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+        self.told: list[tuple[int, int]] = []
+
+    def at(self, step: int, total: int) -> None:
+        self.told.append((step, total))
+
+    def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
+        return self.factor * outputs.loss
+
+
 @dataclass
 class ScaledConfig(ObjectiveConfig):
     """The task's loss times a factor."""
@@ -75,11 +90,8 @@ class ScaledConfig(ObjectiveConfig):
 
     factor: float = knob(3.0, "The factor.")
 
-    def build(self, model: nn.Module) -> Objective:
-        def loss(model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-            return self.factor * outputs.loss
-
-        return loss
+    def build(self, model: nn.Module) -> Scaled:
+        return Scaled(self.factor)
 
 
 class First(TrainerCallback):
@@ -90,7 +102,7 @@ class First(TrainerCallback):
         for p in parameters[len(parameters) // 2 :]:
             p.requires_grad_(False)
 
-    def forecast(self, model: nn.Module) -> list[str]:
+    def forecast(self, model: nn.Module, total_steps: int) -> list[str]:
         return [f"the first half of {len(list(model.parameters()))} tensors trains"]
 
     def remarks(self) -> list[str]:

@@ -128,7 +128,7 @@ def option_values(system: System, config: Any) -> dict[str, Any]:
     """What `config` says, as options that make it again; those that are None by default and still are left out."""
     values = {f.name: getattr(config, f.name) for f in option_fields(system)}
     defaults = {f.name: f.default for f in option_fields(system)}
-    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in values.items()}
+    plain = {name: _listed(value) for name, value in values.items()}
     return {
         name: value
         for name, value in plain.items()
@@ -139,6 +139,11 @@ def option_values(system: System, config: Any) -> dict[str, Any]:
 def default_options(system: System) -> dict[str, Any]:
     """What a run without options uses."""
     return option_values(system, configuration(system, {}))
+
+
+def _listed(value: Any) -> Any:
+    """Sets and tuples as the lists that a file has for them."""
+    return sorted(value) if isinstance(value, set) else list(value) if isinstance(value, tuple) else value
 
 
 def _field_names(cls: type) -> list[str]:

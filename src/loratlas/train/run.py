@@ -100,7 +100,7 @@ def _run(
     )
     identity = same_run(spec, task, rate, made.options)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
-    known = facts(made.model, spec.steps, made.forecast())
+    known = facts(made.model, spec.steps, made.forecast(spec.steps))
     write_config(spec, task, rate, made.options)
     progress.prepared(known)
     progress.started(members.label, spec.steps)

@@ -14,12 +14,13 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loratlas.engine.calibrate import calibrate, needs
 from loratlas.engine.lifecycle import LifecycleCallback
+from loratlas.engine.parts import Objective
 from loratlas.errors import UserError
 from loratlas.train.data import TaskData
 from loratlas.train.memory import PeakMemory
 from loratlas.train.methods import build_config, option_values
 from loratlas.train.models import load_model
-from loratlas.train.roles import Cast
+from loratlas.train.roles import Cast, Member
 from loratlas.train.spec import RunSpec, training_arguments
 from loratlas.train.watch import MakeOptimizer
 
@@ -41,7 +42,7 @@ class Ready:
     model: Any
     options: dict[str, dict[str, Any]]
     make_optimizer: MakeOptimizer | None
-    objective: Any
+    objective: Objective | None
     strategy: Any
     memory: PeakMemory
     seconds: float
@@ -50,9 +51,9 @@ class Ready:
     def callbacks(self) -> list[TrainerCallback]:
         return [LifecycleCallback(), *([self.strategy] if self.strategy else [])]
 
-    def forecast(self) -> list[str]:
+    def forecast(self, total_steps: int) -> list[str]:
         """What the strategy says before training."""
-        return self.strategy.forecast(self.model) if hasattr(self.strategy, "forecast") else []
+        return self.strategy.forecast(self.model, total_steps) if hasattr(self.strategy, "forecast") else []
 
     def remarks(self) -> list[str]:
         """What the strategy says after training."""
@@ -73,9 +74,20 @@ def ready(spec: RunSpec, cast: Cast, task: TaskData, rate: float) -> Ready:
     for part in cast.parts:
         options[part.map] = part.values()
     optimizer = cast.optimizer and partial(cast.optimizer.part().build, lr=rate, weight_decay=spec.weight_decay)
-    objective = cast.objective and cast.objective.part().build(model)
+    objective = cast.objective and _objective(cast.objective, model, task)
     strategy = cast.strategy and cast.strategy.part().build()
     return Ready(model, options, optimizer, objective, strategy, memory, time.perf_counter() - began)
+
+
+def _objective(member: Member, model: Any, task: TaskData) -> Objective:
+    objective: Objective = member.part().build(model)
+    missing = [key for key in objective.own if key not in task.train.column_names]
+    if missing:
+        raise UserError(
+            f"{member.system.slug} needs {', '.join(missing)} beside the texts of each row, which runs do not read: "
+            "train it in your own loop or Trainer, as its page shows."
+        )
+    return objective
 
 
 def _adapted(model: Any, spec: RunSpec, cast: Cast, task: TaskData, rate: float) -> tuple[Any, dict[str, Any]]:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from loratlas.engine.parts import Objective
 from loratlas.train.atomic import AtomicCheckpoints
 from loratlas.train.complete import checkpoint_name
 from loratlas.train.progress import Progress
@@ -85,7 +86,11 @@ class WatchedTrainer(AtomicCheckpoints, Trainer):
     """
 
     def __init__(
-        self, watch: Watch, make_optimizer: MakeOptimizer | None = None, objective: Any = None, **kwargs: Any
+        self,
+        watch: Watch,
+        make_optimizer: MakeOptimizer | None = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         self._make_optimizer, self._objective = make_optimizer, objective
@@ -105,9 +110,11 @@ class WatchedTrainer(AtomicCheckpoints, Trainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         if self._objective is None or not model.training:
+            own = self._objective.own if self._objective is not None else ()
+            inputs = {name: value for name, value in inputs.items() if name not in own}
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        _, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        loss = self._objective(model, inputs, outputs)
+        self._objective.at(self.state.global_step, self.state.max_steps)
+        loss, outputs = self._objective.forward(model, inputs)
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
