@@ -64,6 +64,13 @@ def test_one_cast_has_several_names(how: str) -> None:
     assert recipe(**{f: getattr(made, f) for f in ("method", "optimizer", "objective")}) == made
 
 
+def test_pairs_are_known_without_a_model() -> None:
+    assert cast(recipe(method="peft-lora+toy-pairs")).name == "peft-lora+toy-pairs"
+    assert recipe(method="srlora+toy-pairs").optimizer == "toy-pairs"
+    for slug in ("svfit", "nlora", "soka"):
+        assert check({"model": DEMO, "data": DEMO, "method": f"{slug}+toy-pairs"})
+
+
 def test_parts_that_train_the_base_are_methods() -> None:
     alone = recipe(method="toy-heavy", options={"momentum": 0.5})
     assert (alone.method, alone.optimizer, cast(alone).adapter) == ("toy-heavy", None, None)

@@ -74,11 +74,11 @@ def configuration(system: System, options: dict[str, Any]) -> Any:
 
 
 def trains_pairs(config: PeftConfig) -> bool:
-    """Whether adapters of `config` train low-rank pairs (A, B); of PEFT's own only LoRA is known to."""
+    """Whether adapters of `config` train low-rank pairs s B A (`LowRankMethod.pair`); of PEFT's own LoRA does."""
     method = getattr(PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)], "method", None)
     if method is None:
-        return str(config.peft_type) == "LORA"
-    return isinstance(method, LowRankMethod) and {"A", "B"} <= set(method.params) - set(method.frozen(config))
+        return config.peft_type == PeftType.LORA
+    return isinstance(method, LowRankMethod) and type(method).pair is not LowRankMethod.pair
 
 
 def check_options(system: System, options: dict[str, Any]) -> None:

@@ -110,7 +110,7 @@ class Cast:
         elif cls.needs_pairs and self.adapter is not None and not _has_pairs(self.adapter):
             yield (
                 part.field,
-                f"{slug} works on low-rank pairs (A, B), which {self.adapter.system.slug} does not train: choose "
+                f"{slug} works on low-rank pairs s B A, which {self.adapter.system.slug} does not train: choose "
                 "another method, such as lora.",
             )
         # an optimizer takes whatever trains, but a strategy says itself which of the model's weights these are
