@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from loratlas.objectives.pairing import PairCollator, PairedData
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
+    from loratlas.strategies.lisa import LisaCallback, LisaConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -63,6 +64,8 @@ __all__ = [
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LisaCallback",
+    "LisaConfig",
     "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
@@ -136,6 +139,8 @@ _HOMES = {
     "LoKUConfig": "loratlas.objectives.loku",
     "PairCollator": "loratlas.objectives.pairing",
     "PairedData": "loratlas.objectives.pairing",
+    "LisaCallback": "loratlas.strategies.lisa",
+    "LisaConfig": "loratlas.strategies.lisa",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",
