@@ -1,0 +1,1 @@
+"""Optimizers, one file each; what they share stands beside them."""
