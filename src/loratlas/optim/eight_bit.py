@@ -29,6 +29,13 @@ class AdamW8bit(AdamW):
         super().check(group)
         _codec()
 
+    def _adam_(
+        self, targets: list[Tensor], grads: list[Tensor], states: list[State], group: Group, age: int, lr: float
+    ) -> None:
+        # one by one: the moments of all at once in full precision are what is to be saved
+        for target, grad, state in zip(targets, grads, states, strict=True):
+            super()._adam_([target], [grad], [state], group, age, lr)
+
     def read(self, state: State, name: str) -> Tensor:
         scale = state.get(f"{name}_scale")
         return state[name] if scale is None else _codec().decode(state[name], scale, name == "exp_avg")

@@ -17,10 +17,11 @@ from typing import Any
 from torch import nn
 
 from loratlas.engine.config import knob
-from loratlas.engine.parts import OptimizerConfig
+from loratlas.linalg.svd import METHODS
 from loratlas.optim import adafactor, eight_bit, rules
-from loratlas.optim.groups import parameter_groups
-from loratlas.optim.subspace import SubspaceOptimizer
+from loratlas.optim.config import SubspaceConfig
+from loratlas.optim.projector import BASES
+from loratlas.optim.subspace import MOMENTS, SubspaceOptimizer
 
 
 class GaLoreAdamW(SubspaceOptimizer):
@@ -92,7 +93,7 @@ OPTIMIZERS = ("adamw", "adafactor", "adamw8bit")
 
 
 @dataclass
-class GaLoreConfig(OptimizerConfig):
+class GaLoreConfig(SubspaceConfig):
     """GaLore over a model's matrices; everything else that trains takes the same optimizer unprojected.
 
         optimizer = GaLoreConfig(r=128, target_modules=["q_proj", "v_proj"]).build(model, lr=0.01)
@@ -100,52 +101,37 @@ class GaLoreConfig(OptimizerConfig):
     Source: arXiv 2403.03507.
 
     Raises:
-        UserError: an option out of its range, or no matrix to project.
+        UserError: an option out of its range; in `check` and `build`, no matrix to project, or no 8-bit library.
     """
 
     name = "galore"
     trains_base = True
 
-    r: int = knob(128, "Rank of the gradient's projection.")
-    target_modules: list[str] | str | None = knob(
-        "all-linear", "Matrices to project: parts of their names, a regular expression, or 'all-linear'."
-    )
-    exclude_modules: list[str] | str | None = knob(None, "Modules to leave unprojected, given like target_modules.")
-    update_proj_gap: int = knob(200, "Steps from one choice of the subspace to the next.")
     scale: float = knob(0.25, "Multiplies the projected step: the official 0.25 for pretraining, 4 for fine-tuning.")
-    proj_type: str = knob("std", "Sides that are projected: 'std', 'reverse_std', 'left', 'right' or 'full'.")
     basis: str = knob("svd", "Where the subspace comes from: 'svd', or vectors chosen from 'dct2', 'dct3' or 'random'.")
     moments: str = knob("keep", "Moments at a new subspace: 'keep', 'reset', or 'permute' where vectors can be told.")
     optimizer: str = knob("adamw", "'adamw', 'adafactor' or 'adamw8bit' (with bitsandbytes or torchao).")
     layerwise: bool = knob(
         False, "Update inside the backward pass and free each gradient; no accumulation, no clipping."
     )
-    betas: tuple[float, float] = knob((0.9, 0.999), "Decay of the first and the second moment.")
-    eps: float = knob(1e-6, "Added to the root of the second moment.")
+    betas: tuple[float, float] = knob((0.9, 0.999), "Decay of the moments; Adafactor uses the first, 0 for none.")
+    eps: float = knob(1e-6, "Added to the root of Adam's second moment.")
     svd_method: str = knob("auto", "SVD of the gradient: 'auto', 'full', 'gram' or 'lowrank' (seeded, randomised).")
-    state_dtype: str = knob("float32", "Moments and bases in 'float32', or 'weight' for the dtype of the weights.")
-    seed: int = knob(0, "Seed of random bases and randomised SVDs.")
 
     def __post_init__(self) -> None:
-        self._require(isinstance(self.r, int) and self.r >= 1, "r", "an integer of at least 1")
+        super().__post_init__()
         self._require(self.optimizer in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}")
         self._require(self.scale > 0, "scale", "positive")
-
-    def check(self, model: nn.Module) -> None:
-        self._groups(model, 0.0)
+        self._require(self.basis in BASES, "basis", f"one of {', '.join(BASES)}")
+        self._require(self.svd_method in METHODS, "svd_method", f"one of {', '.join(METHODS)}")
+        allowed = ("keep", "reset") if self.basis == "svd" else MOMENTS
+        self._require(self.moments in allowed, "moments", f"one of {', '.join(allowed)} with basis {self.basis}")
 
     def build(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> SubspaceOptimizer:
+        options = self._options("scale", "basis", "moments", "svd_method", "layerwise")
         groups = self._groups(model, weight_decay)
         if self.optimizer == "adafactor":
             fixed: dict[str, Any] = {"relative_step": False, "scale_parameter": False, "beta1": self.betas[0] or None}
-            return GaLoreAdafactor(groups, lr=lr, layerwise=self.layerwise, **fixed, **self._common())
+            return GaLoreAdafactor(groups, lr=lr, **fixed, **options)
         make = GaLoreAdamW if self.optimizer == "adamw" else GaLoreAdamW8bit
-        return make(groups, lr=lr, betas=self.betas, eps=self.eps, layerwise=self.layerwise, **self._common())
-
-    def _groups(self, model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-        projected = {"rank": self.r, "update_proj_gap": self.update_proj_gap, "scale": self.scale}
-        return parameter_groups(model, projected, self.target_modules, self.exclude_modules, weight_decay)
-
-    def _common(self) -> dict[str, Any]:
-        names = ("proj_type", "basis", "moments", "svd_method", "state_dtype", "seed")
-        return {name: getattr(self, name) for name in names}
+        return make(groups, lr=lr, betas=self.betas, eps=self.eps, **options)

@@ -26,7 +26,7 @@ class Scaled:
 
         phi = ||N_j|| / (||R_j|| + 1e-8)          j along the dimension that is not projected, or over all of the matrix
         S   = (G - alpha back(R)) phi             mode "official";   (G - back(R)) phi in mode "paper"
-        l   = max(||S|| / (s + 1e-8), gamma) / gamma;  S <- S / l;  s <- ||S||
+        l   = max(||S|| / (s + 1e-8) / gamma, 1);  S <- S / l;  s <- ||S||
         W  <- W - size (alpha back(N) + S)        mode "official";   size alpha (back(N) + S) in mode "paper"
 
     State: "residual_norm", s, a 0-dim tensor. After a step whose residual was 0 the limiter starts again; the official
@@ -74,7 +74,7 @@ class Scaled:
         before = torch.stack(
             [state.get("residual_norm", norm.new_zeros(())) for state, norm in zip(states, norms, strict=True)]
         )
-        limit = (norms / (before + _NORM_EPS)).clamp(min=self.gamma) / self.gamma
+        limit = (norms / (before + _NORM_EPS) / self.gamma).clamp(min=1)
         limit = torch.where(before > _TINY, limit, torch.ones_like(limit))
         for state, norm in zip(states, norms / limit, strict=True):
             state["residual_norm"] = norm.clone()

@@ -192,13 +192,13 @@ class RMSProp(Rule):
             torch._foreach_clamp_min_(spread, 0)
         torch._foreach_sqrt_(spread)
         torch._foreach_add_(spread, group["eps"])
-        steps = torch._foreach_div(grads, spread)
+        steps = list(torch._foreach_div(grads, spread))
         if group["momentum"] > 0:
             buffers = _kept("momentum_buffer", states, grads)
             torch._foreach_mul_(buffers, group["momentum"])
             torch._foreach_add_(buffers, steps)
             steps = [buffer.clone() for buffer in buffers]
-        return list(steps), float(group["lr"])
+        return steps, float(group["lr"])
 
 
 def _kept(name: str, states: list[State], like: list[Tensor]) -> list[Tensor]:
