@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from paired import clock
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -98,7 +98,7 @@ class Arm:
 
 
 def make_arm(name: str, setting: Setting) -> Arm:
-    """The arm `name`: one of `ARMS` or a method of the catalogue."""
+    """The arm `name`: one of `ARMS`, a method of the catalogue, or PEFT's "peft-miss" or "peft-bat"."""
     model: Any = setting.encoder()
     generator = torch.Generator().manual_seed(1)
     size = (setting.batch, setting.length)
@@ -129,6 +129,10 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
     svd: dict[str, Any] = {"svd_method": "lowrank", "svd_niter": 1}
     if name == "peft":
         return LoraConfig(**shared)
+    if name in ("peft-miss", "peft-bat"):
+        variant: Any = True if name == "peft-miss" else "bat"
+        dropout = shared.pop("lora_dropout")
+        return MissConfig(init_weights=variant, miss_dropout=dropout, **shared)
     if name == "lora":
         return AtlasLoraConfig(**shared)
     if name == "pissa":

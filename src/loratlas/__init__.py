@@ -11,6 +11,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loratlas.adapters.allora import ALLoraConfig
+    from loratlas.adapters.block_lora import BlockLoraConfig
+    from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
+    from loratlas.adapters.dylora import DyLoraConfig, set_rank
+    from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -22,6 +27,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.engine.relative_fisher import relative_fisher
@@ -29,31 +35,44 @@ if TYPE_CHECKING:
     from loratlas.objectives.ba_lora import BALoraConfig
     from loratlas.objectives.loku import LoKUConfig
     from loratlas.objectives.pairing import PairCollator, PairedData
+    from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
+    from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ALLoraConfig",
     "AtlasLoraConfig",
+    "AtlasMissConfig",
     "AtomicCheckpoints",
     "BALoraConfig",
+    "BlockLoraConfig",
+    "BoneConfig",
+    "DyLoraConfig",
+    "HydraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
     "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
+    "LoraGgpoConfig",
+    "LoraPro",
+    "LoraProConfig",
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
     "PairCollator",
     "PairedData",
+    "PerturbedAdamW",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
     "UserError",
+    "WaRAConfig",
     "__version__",
     "attach",
     "calibrate",
@@ -62,12 +81,20 @@ __all__ = [
     "newest_checkpoint",
     "relative_fisher",
     "save_checkpoint",
+    "set_rank",
 ]
 
 _HOMES = {
+    "ALLoraConfig": "loratlas.adapters.allora",
+    "DyLoraConfig": "loratlas.adapters.dylora",
+    "set_rank": "loratlas.adapters.dylora",
     "AtlasLoraConfig": "loratlas.adapters.lora",
+    "AtlasMissConfig": "loratlas.adapters.bone",
+    "BlockLoraConfig": "loratlas.adapters.block_lora",
+    "BoneConfig": "loratlas.adapters.bone",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
+    "HydraConfig": "loratlas.adapters.hydra",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
@@ -78,8 +105,13 @@ _HOMES = {
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
+    "LoraGgpoConfig": "loratlas.optim.lora_ggpo",
+    "PerturbedAdamW": "loratlas.optim.lora_ggpo",
+    "LoraPro": "loratlas.optim.lora_pro",
+    "LoraProConfig": "loratlas.optim.lora_pro",
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
+    "WaRAConfig": "loratlas.adapters.wara",
     "calibrate": "loratlas.engine.calibrate",
     "relative_fisher": "loratlas.engine.relative_fisher",
     "BALoraConfig": "loratlas.objectives.ba_lora",
@@ -103,7 +135,8 @@ def __getattr__(name: str) -> Any:
 def register_adapters() -> None:
     """Make every adapter type of the library known to PEFT; `import loratlas` does it."""
     for home in sorted(set(_HOMES.values())):
-        if not home.startswith("loratlas.train."):  # no adapters there, and transformers' Trainer takes its time
+        # no adapters there, and transformers' Trainer takes its time
+        if not home.startswith(("loratlas.train.", "loratlas.optim.")):
             importlib.import_module(home)
 
 

@@ -63,6 +63,9 @@ class Lora(LowRankMethod):
     def factors(self, t: View) -> Factors:
         return pairs.difference(t)
 
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
+        return t.A, t.B
+
 
 def random_start(a: Tensor, b: Tensor, *, embedding: bool, identity: bool) -> None:
     """LoRA's start from torch's global generator: for the same seed the very start of PEFT's LoRA.

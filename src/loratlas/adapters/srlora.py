@@ -21,14 +21,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loratlas.engine import pairs
 from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
 from loratlas.engine.method import Factors, LowRankMethod, View
-from loratlas.engine.moments import age_correction, treat_moments
+from loratlas.engine.moments import age_correction, check_treatment, treat_moments
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import is_sharded, whole
 from loratlas.errors import UserError
@@ -139,6 +139,9 @@ class SRLora(LowRankMethod):
     def factors(self, t: View) -> Factors:
         return pairs.with_history(t)
 
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
+        return t.A, t.B
+
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         folded = t.folded
         return None if folded is None else (folded, pairs.without_start(t))
@@ -173,12 +176,7 @@ class SRLora(LowRankMethod):
                     "fuse_mode='inplace' needs a dense working copy of every weight, but under FSDP2 a rank holds only "
                     "a part of it: use fuse_mode='difference'."
                 )
-        group = ctx.group(views[0].A)
-        if cfg.optimizer_reset == "corrected" and "betas" not in group:
-            raise UserError(
-                "optimizer_reset='corrected' is exact for Adam and AdamW only, not for "
-                f"{type(ctx.optimizer).__name__}: choose 'keep', 'zero' or 'mean_v'."
-            )
+        check_treatment(ctx, views[0].A, cfg.optimizer_reset)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         cfg = views[0].cfg

@@ -34,10 +34,18 @@ def update_importance(
     products = torch._foreach_mul([local(p) for p in params], [local(g) for g in grads])
     sensitivity = gather(products, params)
     torch._foreach_abs_(sensitivity)
-    torch._foreach_lerp_(list(average), sensitivity, 1.0 - beta1)
-    torch._foreach_sub_(sensitivity, list(average))
-    torch._foreach_abs_(sensitivity)
-    torch._foreach_lerp_(list(uncertainty), sensitivity, 1.0 - beta2)
+    smooth_(sensitivity, average, uncertainty, beta1, beta2)
+
+
+@torch.no_grad()
+def smooth_(
+    values: Sequence[Tensor], average: Sequence[Tensor], uncertainty: Sequence[Tensor], beta1: float, beta2: float
+) -> None:
+    """Take new sensitivities, entry by entry or one a module, into Ibar and Q in place; `values` is used up."""
+    torch._foreach_lerp_(list(average), list(values), 1.0 - beta1)
+    torch._foreach_sub_(list(values), list(average))
+    torch._foreach_abs_(list(values))
+    torch._foreach_lerp_(list(uncertainty), list(values), 1.0 - beta2)
 
 
 def pair_scores(average_a: Tensor, uncertainty_a: Tensor, average_b: Tensor, uncertainty_b: Tensor) -> Tensor:

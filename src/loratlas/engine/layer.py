@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,7 @@ from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.making import Making
 from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.ops import Op, op_for
+from loratlas.engine.transform import transformed
 from loratlas.errors import UserError
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
@@ -107,21 +109,19 @@ class AtlasLayer(nn.Module, Making):
     def _adapted_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if not self.method.additive:
-            weight = self.base_matrix()
-            for name in names:
-                weight = self.method.merged(self.view(name), weight)
-            return self.op.full(base, x, weight.to(self.weight.dtype))
+            return transformed(self, x, [self.view(name) for name in names])
         if len(names) == 1 and isinstance(self.method, LowRankMethod) and not (args or kwargs):
             view = self.view(names[0])
             result = self._fused_forward(x, view, self.method)
             if result is not None:
                 return result
-        y = base(x, *args, **kwargs)
+        untouched = base(x, *args, **kwargs)
         if self.quantization_backend is not None:
-            y = self.quantization_backend.maybe_clone_base_result(y)
+            untouched = self.quantization_backend.maybe_clone_base_result(untouched)
+        y = untouched
         for name in names:
             view = self.view(name)
-            y = y + self.method.delta(view, self._dropped(x, view.cfg)).to(y.dtype)
+            y = y + self.method.branch(view, x, untouched, partial(self._dropped, config=view.cfg)).to(y.dtype)
         return y
 
     def _fused_forward(self, x: Tensor, view: View, method: LowRankMethod) -> Tensor | None:
@@ -158,7 +158,9 @@ class AtlasLayer(nn.Module, Making):
         for name in sorted(set(adapter_names) & set(self.atlas_config)):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
             if self.method.additive:
-                y[rows] += self.method.delta(self.view(name), x[rows]).to(y.dtype)
+                view = self.view(name)
+                branch = self.method.branch(view, x[rows], y[rows], partial(self._dropped, config=view.cfg))
+                y[rows] += branch.to(y.dtype)
             else:
                 y[rows] = self._adapted_forward(x[rows], [name], *args, **kwargs)
         return y
@@ -174,7 +176,9 @@ class AtlasLayer(nn.Module, Making):
         return self.op.stored(delta, self.get_base_weight())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.method.additive and self.op.kind in ("linear", "conv1d")
+        # PEFT converts the weight's update alone
+        plain = self.method.additive and self.bias_delta([adapter_name]) is None
+        return plain and self.op.kind in ("linear", "conv1d")
 
     # --------------------------------------------------------------------------------------------------- scaling
 
@@ -207,11 +211,8 @@ class AtlasLayer(nn.Module, Making):
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
     """(down, up) of a low-rank adapter without gradients, scaling folded in; None for other methods."""
-    method = view.layer.method
-    if not isinstance(method, LowRankMethod):
-        return None
     with torch.no_grad():
-        return method.factors(view).joined()
+        return view.layer.method.lora_factors(view)
 
 
 def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:

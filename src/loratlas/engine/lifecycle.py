@@ -97,6 +97,8 @@ class Lifecycle:
             for view in views:
                 view.step.fill_(step)
                 view.total_steps.fill_(total)
+            with torch.no_grad():
+                method.begin(views, context)
             self.groups.append(Group(method, views, context))
         losses = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
         _refuse_shards(losses)

@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from loratlas.engine.lifecycle import StepContext
 from loratlas.engine.sharded import along, local, put_, whole
+from loratlas.errors import UserError
 
 LONGEST_AGE = 5000  # steps after which a fresh slice's Adam no longer differs from the tensor's (c_k within 1 %)
+
+
+def check_treatment(ctx: StepContext, param: Tensor, how: str) -> None:
+    """Raise `UserError` if the optimizer keeps nothing of `param` that `treat_moments` could treat in that way.
+
+    An optimizer whose moments are not those of the parameter's own slices says so with `slot_moments=False` in the
+    parameter's group.
+    """
+    group, name = ctx.group(param), type(ctx.optimizer).__name__
+    if how != "keep" and not group.get("slot_moments", True):
+        raise UserError(
+            f"optimizer_reset={how!r} treats the moments of single pairs, of which {name} keeps none as it is set up: "
+            "choose 'keep'."
+        )
+    if how == "corrected" and "betas" not in group:
+        raise UserError(
+            f"optimizer_reset='corrected' is exact for Adam and AdamW only, not for {name}: choose 'keep', 'zero' or "
+            "'mean_v'."
+        )
 
 
 def treat_moments(ctx: StepContext, param: Tensor, dim: int, slots: Tensor, how: str) -> None:
@@ -63,10 +83,39 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
         beta1, beta2 = (float(beta) for beta in group["betas"])
         t = float(state["step"])
         c = torch.sqrt(1 - beta2**k) / (1 - beta1**k) * (1 - beta1**t) / (1 - beta2**t) ** 0.5
-        c = c.to(part.dtype).unsqueeze(1 - dim)
+        c = _along(c.to(part.dtype), part, dim)
         decoupled = group.get("decoupled_weight_decay", isinstance(ctx.optimizer, torch.optim.AdamW))
         kept = before * (1 - float(group["lr"]) * group["weight_decay"]) if decoupled else before
         after = part.index_select(dim, fresh)
         part.index_copy_(dim, fresh, kept + c * (after - kept))
 
     return correct
+
+
+def slot_rates(params: Sequence[tuple[Tensor, int, Tensor]]) -> Callable[[], None]:
+    """Call before the step; the returned function, called after it, multiplies the change of every slice by a factor.
+
+    With factors of lr_slot / lr this is a learning rate a slice. Decoupled weight decay is scaled along, as it would be
+    in a parameter group of its own; what `age_correction` corrects has to be corrected before.
+
+    Args:
+        params: (parameter, slot dimension, (slots,) factors).
+    """
+    work = []
+    for param, dim, factors in params:
+        part, mine = local(param.detach()), along(param, dim, factors)
+        moving = (mine != 1).nonzero().flatten()
+        if len(moving):
+            work.append((part, dim, moving, mine[moving].to(part.dtype), part.index_select(dim, moving)))
+
+    def correct() -> None:
+        for part, dim, moving, factors, before in work:
+            change = part.index_select(dim, moving).sub_(before)
+            part.index_copy_(dim, moving, before + change * _along(factors, part, dim))
+
+    return correct
+
+
+def _along(vector: Tensor, like: Tensor, dim: int) -> Tensor:
+    """`vector`, an entry for each slice of `like` along `dim`, in a shape that broadcasts over them."""
+    return vector.view([-1 if i == dim else 1 for i in range(like.dim())])
