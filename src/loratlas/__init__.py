@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from loratlas.adapters.codyra import CoDyRAConfig
+    from loratlas.adapters.diffora import DiffoRAConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -36,6 +37,7 @@ __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
     "CoDyRAConfig",
+    "DiffoRAConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -62,6 +64,7 @@ __all__ = [
 _HOMES = {
     "AtlasLoraConfig": "loratlas.adapters.lora",
     "CoDyRAConfig": "loratlas.adapters.codyra",
+    "DiffoRAConfig": "loratlas.adapters.diffora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "LamdaConfig": "loratlas.adapters.lamda",
