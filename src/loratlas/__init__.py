@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
     from loratlas.adapters.codyra import CoDyRAConfig
+    from loratlas.adapters.diffora import DiffoRAConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.increlora import IncreLoraConfig
@@ -58,6 +59,7 @@ __all__ = [
     "BlockLoraConfig",
     "BoneConfig",
     "CoDyRAConfig",
+    "DiffoRAConfig",
     "DyLoraConfig",
     "HydraConfig",
     "IncreLoraConfig",
@@ -108,6 +110,7 @@ _HOMES = {
     "BlockLoraConfig": "loratlas.adapters.block_lora",
     "BoneConfig": "loratlas.adapters.bone",
     "CoDyRAConfig": "loratlas.adapters.codyra",
+    "DiffoRAConfig": "loratlas.adapters.diffora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "HydraConfig": "loratlas.adapters.hydra",
