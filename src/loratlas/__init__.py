@@ -14,8 +14,11 @@ if TYPE_CHECKING:
     from loratlas.adapters.allora import ALLoraConfig
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
+    from loratlas.adapters.codyra import CoDyRAConfig
+    from loratlas.adapters.diffora import DiffoRAConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
+    from loratlas.adapters.increlora import IncreLoraConfig
     from loratlas.adapters.lamda import LamdaConfig
     from loratlas.adapters.load_lora import load_lora
     from loratlas.adapters.loldu import LoLDUConfig
@@ -23,10 +26,14 @@ if TYPE_CHECKING:
     from loratlas.adapters.lora_ga import LoraGAConfig
     from loratlas.adapters.lora_sb import LoraSBConfig, LoraXSConfig
     from loratlas.adapters.nlora import NLoraConfig
+    from loratlas.adapters.nola import NolaConfig
+    from loratlas.adapters.randlora import RandLoraConfig
     from loratlas.adapters.salt import SaltConfig
     from loratlas.adapters.soka import SoKAConfig
+    from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.triadaptlora import TriAdaptLoraConfig
     from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
@@ -37,6 +44,7 @@ if TYPE_CHECKING:
     from loratlas.objectives.pairing import PairCollator, PairedData
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
+    from loratlas.strategies.lisa import LisaCallback, LisaConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -50,11 +58,16 @@ __all__ = [
     "BALoraConfig",
     "BlockLoraConfig",
     "BoneConfig",
+    "CoDyRAConfig",
+    "DiffoRAConfig",
     "DyLoraConfig",
     "HydraConfig",
+    "IncreLoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LisaCallback",
+    "LisaConfig",
     "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
@@ -64,13 +77,17 @@ __all__ = [
     "LoraSBConfig",
     "LoraXSConfig",
     "NLoraConfig",
+    "NolaConfig",
     "PairCollator",
     "PairedData",
     "PerturbedAdamW",
+    "RandLoraConfig",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
     "SoKAConfig",
+    "SoRAConfig",
+    "TriAdaptLoraConfig",
     "UserError",
     "WaRAConfig",
     "__version__",
@@ -92,16 +109,22 @@ _HOMES = {
     "AtlasMissConfig": "loratlas.adapters.bone",
     "BlockLoraConfig": "loratlas.adapters.block_lora",
     "BoneConfig": "loratlas.adapters.bone",
+    "CoDyRAConfig": "loratlas.adapters.codyra",
+    "DiffoRAConfig": "loratlas.adapters.diffora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "HydraConfig": "loratlas.adapters.hydra",
+    "IncreLoraConfig": "loratlas.adapters.increlora",
     "LamdaConfig": "loratlas.adapters.lamda",
     "LoraSBConfig": "loratlas.adapters.lora_sb",
     "LoraXSConfig": "loratlas.adapters.lora_sb",
     "NLoraConfig": "loratlas.adapters.nlora",
+    "NolaConfig": "loratlas.adapters.nola",
+    "RandLoraConfig": "loratlas.adapters.randlora",
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",
+    "SoRAConfig": "loratlas.adapters.sora",
     "Lifecycle": "loratlas.engine.lifecycle",
     "LifecycleCallback": "loratlas.engine.lifecycle",
     "attach": "loratlas.engine.lifecycle",
@@ -112,12 +135,15 @@ _HOMES = {
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "WaRAConfig": "loratlas.adapters.wara",
+    "TriAdaptLoraConfig": "loratlas.adapters.triadaptlora",
     "calibrate": "loratlas.engine.calibrate",
     "relative_fisher": "loratlas.engine.relative_fisher",
     "BALoraConfig": "loratlas.objectives.ba_lora",
     "LoKUConfig": "loratlas.objectives.loku",
     "PairCollator": "loratlas.objectives.pairing",
     "PairedData": "loratlas.objectives.pairing",
+    "LisaCallback": "loratlas.strategies.lisa",
+    "LisaConfig": "loratlas.strategies.lisa",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",

@@ -26,6 +26,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "bone": {"r": 2},
     "lora-sb": {"init_lr": 0.01},
     "lora-xs": {"init_std": 0.01},
+    "nola": {"num_basis": 24},
     "salt": {"scale_ratio": 0.4},
     "srlora": {"r_target": 12},
 }

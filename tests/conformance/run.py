@@ -55,6 +55,19 @@ CASES = {
         "kwargs": {"r": 4, "init_weights": "slora"},
     },
     "wara": {"config": "loratlas:WaRAConfig", "kinds": ["linear"], "kwargs": {"r": 4}},
+    "nola": {
+        "config": "loratlas:NolaConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "num_basis": 16},
+    },
+    "randlora": {"config": "loratlas:RandLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    "codyra": {
+        "config": "loratlas:CoDyRAConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "lora_alpha": 1},
+    },
+    "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from loratlas.engine.budget import growth
 from loratlas.engine.gates import threshold_
+from loratlas.engine.importance import update_sensitivity
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.moments import age_correction, slot_rates
+from loratlas.engine.moments import age_correction, restarted_rates, slot_rates
 from loratlas.engine.orthogonality import orthogonality
 
 
@@ -39,11 +42,12 @@ def test_growth_stays_within_budget_and_capacity() -> None:
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_slots_move_as_parameters_of_their_own_would(dim: int) -> None:
-    """Slot 2 comes to life after 3 steps, at a quarter of the rate: as a tensor of its own in its own group."""
+    """Slot 2 comes to life after 3 steps, at a quarter of the rate: as a tensor of its own in its own group, with an
+    eps as large as its gradients."""
     torch.manual_seed(0)
     whole = nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
     own = nn.Parameter(whole.detach().select(dim, 2).clone())
-    options = {"betas": (0.9, 0.99), "eps": 1e-16, "weight_decay": 0.1}
+    options = {"betas": (0.9, 0.99), "eps": 0.5, "weight_decay": 0.1}
     optimizer = torch.optim.AdamW([whole], lr=0.1, **options)
     alone = torch.optim.AdamW([own], lr=0.025, **options)
     born = torch.zeros(3, dtype=torch.int64)
@@ -77,3 +81,43 @@ def test_orthogonality_is_the_mean_over_all_factors() -> None:
         k = int(mask.sum())
         total += (a[:k] @ a[:k].T - torch.eye(k)).norm() + (b[:, :k].T @ b[:, :k] - torch.eye(k)).norm()
     torch.testing.assert_close(orthogonality(downs, ups, used), total / 6)
+
+
+def test_slots_without_their_moments_are_as_old_as_the_optimizer() -> None:
+    """An adapter that goes on with a new optimizer moves as under that one."""
+    p, twin = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizers = [torch.optim.AdamW([each], lr=0.1) for each in (p, twin)]
+    for each in (p, twin):
+        each.grad = torch.tensor([[1.0, -2.0], [0.5, 3.0]])
+    correct = age_correction(p, 0, torch.tensor([0, 10]), StepContext(optimizers[0], 40, 50))
+    for optimizer in optimizers:
+        optimizer.step()
+    correct()
+    torch.testing.assert_close(p, twin)
+
+
+@pytest.mark.parametrize("kind", ["linear", "constant", "cosine"])
+def test_a_slot_warms_up_anew_and_then_falls_as_the_run_does(kind: str) -> None:
+    total, warmup, birth = 20, 3, 6
+    run = {
+        "linear": lambda g: min(g / warmup, (total - g) / (total - warmup)),
+        "constant": lambda g: 1.0,
+        "cosine": lambda g: 0.5 * (1 + math.cos(math.pi * g / total)),
+    }[kind]
+    born, peak = torch.tensor([0, birth]), torch.zeros(2, dtype=torch.float64)
+    found = []
+    for step in range(birth + 1, total + 1):
+        now = run(step - 1)
+        first, second = (restarted_rates(step, born, peak, now, warmup) * now).tolist()
+        assert first == pytest.approx(now)
+        found.append(second)
+    assert found[:4] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+    assert found[3:] == pytest.approx([run(g) / run(birth + warmup) for g in range(birth + warmup, total)])
+
+
+def test_the_score_needs_no_whole_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    g, x, down, up = (torch.randn(shape, dtype=torch.float64) for shape in ((9, 7), (9, 5), (2, 5), (7, 2)))
+    monkeypatch.setattr("loratlas.engine.importance.CHUNK", 10)  # two rows at a time, and one at the end
+    whole = ((up @ down) * (g.T @ x)).abs().sum()
+    torch.testing.assert_close(update_sensitivity(g, x, down, up), whole)

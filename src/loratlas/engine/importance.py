@@ -17,6 +17,8 @@ from torch import Tensor
 
 from loratlas.engine.sharded import gather, local
 
+CHUNK = 1 << 20  # entries of a matrix that may be there at a time
+
 
 @torch.no_grad()
 def update_importance(
@@ -54,3 +56,18 @@ def pair_scores(average_a: Tensor, uncertainty_a: Tensor, average_b: Tensor, unc
     average_a, uncertainty_a: (r, in); average_b, uncertainty_b: (out, r). Returns (r,).
     """
     return (average_b * uncertainty_b).mean(0) + (average_a * uncertainty_a).mean(1)
+
+
+@torch.no_grad()
+def update_sensitivity(g: Tensor, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """sum_ij |delta_ij G_ij| of an update delta = up @ down and its gradient G = g^T x, in the dtype of `up`.
+
+    Neither matrix is ever there as a whole: both are made and multiplied in chunks of rows.
+
+    g: (tokens, out); x: (tokens, in); down: (r, in); up: (out, r).
+    """
+    rows = max(1, CHUNK // x.shape[1])
+    total = up.new_zeros(())
+    for g_rows, up_rows in zip(g.split(rows, dim=1), up.split(rows), strict=True):
+        total += (up_rows @ down).mul_(g_rows.T @ x).abs_().sum()
+    return total

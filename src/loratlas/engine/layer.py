@@ -17,6 +17,7 @@ from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.making import Making
 from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.ops import Op, op_for
+from loratlas.engine.shared import Shared
 from loratlas.engine.transform import transformed
 from loratlas.errors import UserError
 
@@ -56,6 +57,8 @@ class AtlasLayer(nn.Module, Making):
             setattr(self, self.prefix + name, BufferDict(persistent=True))
         for name in self.method.derived:
             setattr(self, self.prefix + name, BufferDict(persistent=False))
+        for name in self.method.shared:
+            setattr(self, self.prefix + name, Shared())  # the model puts the one of all layers in its place
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -70,7 +73,7 @@ class AtlasLayer(nn.Module, Making):
 
     @property
     def other_param_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        tensors = tuple(self.prefix + name for name in self.buffer_names() + self.method.derived)
+        tensors = tuple(self.prefix + name for name in self.buffer_names() + self.method.derived + self.method.shared)
         return (*tensors, "atlas_config", "atlas_r", "atlas_alpha", "atlas_scaling", "frozen_peft_weight_names")
 
     def store(self, name: str) -> Any:
@@ -110,9 +113,8 @@ class AtlasLayer(nn.Module, Making):
         base = self.base_layer
         if not self.method.additive:
             return transformed(self, x, [self.view(name) for name in names])
-        if len(names) == 1 and isinstance(self.method, LowRankMethod) and not (args or kwargs):
-            view = self.view(names[0])
-            result = self._fused_forward(x, view, self.method)
+        if len(names) == 1 and not (args or kwargs):
+            result = self._fused_forward(x, self.view(names[0]))
             if result is not None:
                 return result
         untouched = base(x, *args, **kwargs)
@@ -124,10 +126,15 @@ class AtlasLayer(nn.Module, Making):
             y = y + self.method.branch(view, x, untouched, partial(self._dropped, config=view.cfg)).to(y.dtype)
         return y
 
-    def _fused_forward(self, x: Tensor, view: View, method: LowRankMethod) -> Tensor | None:
-        """The output by the fused op or over the method's dense working weight; None where neither applies."""
+    def _fused_forward(self, x: Tensor, view: View) -> Tensor | None:
+        """The output by the fused op, over a dense working weight or by the method's `whole`; None if none applies."""
         base: Any = self.base_layer
+        method = self.method
         dropout = view.cfg.lora_dropout if self.training else 0.0
+        if not isinstance(method, LowRankMethod):
+            if not (method.overrides("whole") and can_fuse(base)):
+                return None
+            return method.whole(view, x, self.op.canonical(base.weight), base.bias, dropout)
         working = method.working(view)
         if can_fuse(base):
             weight, factors = working or (self.op.canonical(base.weight), method.factors(view))
@@ -210,7 +217,7 @@ class AtlasLayer(nn.Module, Making):
 
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of a low-rank adapter without gradients, scaling folded in; None for other methods."""
+    """(down, up) of a low-rank adapter as it is exported, scaling folded in; None for other methods."""
     with torch.no_grad():
         return view.layer.method.lora_factors(view)
 

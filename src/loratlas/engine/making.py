@@ -137,6 +137,11 @@ class Making(Merging):
             if adapter_name in store and place is not None and store[adapter_name].device.type != "meta":
                 moved = store[adapter_name].to(place)
                 store[adapter_name] = nn.Parameter(moved, moved.requires_grad) if name in self.method.params else moved
+        for name in self.method.shared:
+            # where layers lie on several devices of a kind, the tensor stays on one of them
+            store = self.store(name)
+            if adapter_name in store and place is not None and store[adapter_name].device.type != place.type:
+                store[adapter_name] = store[adapter_name].to(place)
         self.keep_on_host()
 
     def keep_on_host(self) -> None:

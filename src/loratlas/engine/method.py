@@ -142,6 +142,8 @@ class Method:
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
+        shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
+        undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
@@ -152,6 +154,8 @@ class Method:
     buffers: ClassVar[tuple[str, ...]] = ()
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -191,6 +195,18 @@ class Method:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
 
+    def make_shared(self, cfg: Any, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """{name: tensor} of everything in `shared`, fp32 on the CPU, made once before the layers are.
+
+        sizes: (r, in, out) of every layer that the adapter gets, in the order of the model. The result may depend on
+        nothing but the arguments: other processes make it again.
+        """
+        raise NotImplementedError
+
+    def drawn_again(self, cfg: Any) -> tuple[str, ...]:
+        """Names in `shared` that an adapter's file leaves out; a fingerprint of each is saved and checked instead."""
+        return ()
+
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
         """Give the tensors (all zeros) their start. `weight()` is the base weight, (out, in), fp32 or fp64.
 
@@ -219,6 +235,13 @@ class Method:
         None where that is not possible; then W' is built and applied (see `transform`).
         """
         return None
+
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """Optional: x W^T + b and the branch together, for a plain dense layer with the (out, in) weight W.
+
+        For updates of full rank, which need more than thin products; those of thin factors have the fused op.
+        """
+        raise NotImplementedError
 
     def delta_weight(self, t: View) -> Tensor:
         """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
@@ -255,6 +278,9 @@ class Method:
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
 
+    def pace(self, views: Sequence[View], ctx: StepContext, scheduler: Any) -> None:
+        """Runs when training starts, where the scheduler of the learning rate is known (see `phases`)."""
+
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
 
@@ -279,7 +305,8 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("begin", "before_step", "after_step", "extra_loss"))
+        hooks = ("begin", "before_step", "after_step", "extra_loss")
+        return bool(cls.undecayed) or any(cls.overrides(hook) for hook in hooks)
 
 
 class LowRankMethod(Method):
@@ -294,7 +321,7 @@ class LowRankMethod(Method):
         raise NotImplementedError
 
     def exported(self, t: View) -> Factors:
-        """The update that an export ships; a method whose pairs can be out of use leaves those out."""
+        """What an export ships: `factors`, less what adds nothing. Here values may be looked at; no gradients."""
         return self.factors(t)
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter] | None:

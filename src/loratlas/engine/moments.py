@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,11 +59,13 @@ def treat_moments(ctx: StepContext, param: Tensor, dim: int, slots: Tensor, how:
 def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> Callable[[], None]:
     """Call before the step; the returned function, called after it, makes fresh slices move as under a fresh Adam.
 
-    Adam divides by 1 - beta^t with the tensor's step count t, a slice whose moments were zeroed k steps ago needs k:
+    Adam divides by 1 - beta^t with the tensor's step count t, a slice whose moments were zeroed k <= t steps ago needs
+    k. Its change is multiplied, entry by entry, by
 
-        c_k = sqrt(1 - beta2^k) / (1 - beta1^k) * (1 - beta1^t) / sqrt(1 - beta2^t)
+        (1 - beta1^t) / (1 - beta1^k) * (sqrt(v / (1 - beta2^t)) + eps) / (sqrt(v / (1 - beta2^k)) + eps)
 
-    multiplies its change. Decoupled weight decay is not part of the change.
+    with its second moment v. Decoupled weight decay is not part of the change. Optimizers that count no steps, such as
+    SGD, treat slices of every age alike and need no correction.
 
     Args:
         param: the parameter; dim: its slot dimension.
@@ -80,10 +83,16 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
 
     def correct() -> None:
         group, state = ctx.group(param), ctx.state(param)
+        second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+        if "betas" not in group or "step" not in state or second is None:
+            return
         beta1, beta2 = (float(beta) for beta in group["betas"])
         t = float(state["step"])
-        c = torch.sqrt(1 - beta2**k) / (1 - beta1**k) * (1 - beta1**t) / (1 - beta2**t) ** 0.5
-        c = _along(c.to(part.dtype), part, dim)
+        own = k.clamp(max=t)  # moments that were not loaded with the adapter are younger than its slices
+        c = _along(((1 - beta1**t) / (1 - beta1**own)).to(part.dtype), part, dim)
+        bias = _along(torch.sqrt(1 - beta2**own).to(part.dtype), part, dim)
+        root = local(second).index_select(dim, fresh).sqrt_()
+        c = c * (root / (1 - beta2**t) ** 0.5 + group["eps"]) / (root / bias + group["eps"])
         decoupled = group.get("decoupled_weight_decay", isinstance(ctx.optimizer, torch.optim.AdamW))
         kept = before * (1 - float(group["lr"]) * group["weight_decay"]) if decoupled else before
         after = part.index_select(dim, fresh)
@@ -114,6 +123,38 @@ def slot_rates(params: Sequence[tuple[Tensor, int, Tensor]]) -> Callable[[], Non
             part.index_copy_(dim, moving, before + change * _along(factors, part, dim))
 
     return correct
+
+
+def run_rate(group: dict[str, Any]) -> float:
+    """Where the run's schedule stands: the group's learning rate as a fraction of the one it was made with."""
+    base = float(group.get("initial_lr", group["lr"]))
+    return float(group["lr"]) / base if base else 0.0
+
+
+def restarted_rates(step: int, born: Tensor, peak: Tensor, run: float, warmup: int) -> Tensor:
+    """Factors for `slot_rates` by which a slot warms up anew when it comes to life.
+
+    With k = step - born - 1, counted from the first step in which a slot has a gradient, its learning rate is
+
+        lr0 k / w                                 for k < w
+        lr0 lambda(step) / lambda(born + 1 + w)   from then on
+
+    where lr0 lambda is the rate of the run: full at the end of the slot's warm-up, then as the run's schedule falls.
+    Under a linear schedule that is the run's own schedule begun anew over the steps that are left.
+
+    Args:
+        born: (slots,) step of birth, 0 for slots that were there from the start, which follow the run.
+        peak: (slots,) lambda at the end of each slot's warm-up, 0 before; written here.
+        run: lambda(step), see `run_rate`. warmup: w.
+    """
+    if run == 0.0:
+        return torch.ones_like(peak)
+    k = step - born - 1
+    peak.masked_fill_((k == warmup) & (born > 0), run)
+    later = torch.where(peak > 0, run / peak, torch.full_like(peak, run))
+    rate = torch.where(k < warmup, k.to(peak.dtype) / max(1, warmup), later)
+    rate = torch.where(k < 0, torch.ones_like(rate), rate)  # born in this very step: nothing to move
+    return torch.where(born > 0, rate / run, torch.ones_like(rate))
 
 
 def _along(vector: Tensor, like: Tensor, dim: int) -> Tensor:
