@@ -1,1 +1,1 @@
-"""Optimizers, one file each; what they share stands beside them."""
+"""Optimizers: `torch.optim.Optimizer`s that work in any loop, and the dataclasses of options that build them."""

@@ -254,7 +254,8 @@ class SubspaceOptimizer(Optimizer):
             if group["rank"] is not None and self._due(group, count):
                 due.setdefault(parameters[0].device, []).extend(parameters)
         for parameters in due.values():
-            finite = torch.stack(torch._foreach_norm([_gradient(p) for p in parameters], float("inf"))).isfinite()
+            # a sum is finite only where its terms are; half precision is summed in float32
+            finite = torch.stack([_gradient(p).sum(dtype=result_dtype(p)) for p in parameters]).isfinite()
             if not bool(finite.all()):
                 first = parameters[finite.tolist().index(False)]
                 raise UserError(
