@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from loratlas.engine.calibrate import calibrate
     from loratlas.engine.lifecycle import Lifecycle, LifecycleCallback, attach
     from loratlas.errors import UserError
+    from loratlas.optim.dct_adamw import DCTAdamW, DCTAdamWConfig
+    from loratlas.optim.fira import FiraAdamW, FiraConfig, FiraRMSProp
+    from loratlas.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -33,6 +36,15 @@ __version__ = "0.1.0"
 __all__ = [
     "AtlasLoraConfig",
     "AtomicCheckpoints",
+    "DCTAdamW",
+    "DCTAdamWConfig",
+    "FiraAdamW",
+    "FiraConfig",
+    "FiraRMSProp",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLoreConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
@@ -72,6 +84,15 @@ _HOMES = {
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "calibrate": "loratlas.engine.calibrate",
+    "DCTAdamW": "loratlas.optim.dct_adamw",
+    "DCTAdamWConfig": "loratlas.optim.dct_adamw",
+    "FiraAdamW": "loratlas.optim.fira",
+    "FiraConfig": "loratlas.optim.fira",
+    "FiraRMSProp": "loratlas.optim.fira",
+    "GaLoreAdafactor": "loratlas.optim.galore",
+    "GaLoreAdamW": "loratlas.optim.galore",
+    "GaLoreAdamW8bit": "loratlas.optim.galore",
+    "GaLoreConfig": "loratlas.optim.galore",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",
