@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from loratlas.objectives.ba_lora import BALoraConfig
     from loratlas.objectives.loku import LoKUConfig
     from loratlas.objectives.pairing import PairCollator, PairedData
+    from loratlas.optim.dct_adamw import DCTAdamW, DCTAdamWConfig
+    from loratlas.optim.fira import FiraAdamW, FiraConfig, FiraRMSProp
+    from loratlas.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.strategies.lisa import LisaCallback, LisaConfig
@@ -59,8 +62,17 @@ __all__ = [
     "BlockLoraConfig",
     "BoneConfig",
     "CoDyRAConfig",
+    "DCTAdamW",
+    "DCTAdamWConfig",
     "DiffoRAConfig",
     "DyLoraConfig",
+    "FiraAdamW",
+    "FiraConfig",
+    "FiraRMSProp",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLoreConfig",
     "HydraConfig",
     "IncreLoraConfig",
     "LamdaConfig",
@@ -144,6 +156,15 @@ _HOMES = {
     "PairedData": "loratlas.objectives.pairing",
     "LisaCallback": "loratlas.strategies.lisa",
     "LisaConfig": "loratlas.strategies.lisa",
+    "DCTAdamW": "loratlas.optim.dct_adamw",
+    "DCTAdamWConfig": "loratlas.optim.dct_adamw",
+    "FiraAdamW": "loratlas.optim.fira",
+    "FiraConfig": "loratlas.optim.fira",
+    "FiraRMSProp": "loratlas.optim.fira",
+    "GaLoreAdafactor": "loratlas.optim.galore",
+    "GaLoreAdamW": "loratlas.optim.galore",
+    "GaLoreAdamW8bit": "loratlas.optim.galore",
+    "GaLoreConfig": "loratlas.optim.galore",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",

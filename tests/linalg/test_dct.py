@@ -32,8 +32,21 @@ def test_the_formula() -> None:
 @pytest.mark.parametrize("kind", ["dct2", "dct3"])
 def test_fast_and_plain_products_agree(kind: str, n: int) -> None:
     x = torch.randn(4, n, generator=torch.Generator().manual_seed(0))
-    plain, fast = (dct.coefficients(x, kind, evaluation=how) for how in ("matmul", "fft"))
-    torch.testing.assert_close(fast, plain, rtol=0, atol=2e-6)
+    for dim, matrix in ((1, x), (0, x.T)):
+        plain, fast = (dct.coefficients(matrix, kind, dim, evaluation=how) for how in ("matmul", "fft"))
+        torch.testing.assert_close(fast, plain, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 17])
+@pytest.mark.parametrize("kind", dct.SETS)
+def test_norms_are_those_of_the_products(kind: str, n: int) -> None:
+    matrix = torch.randn(7, n, generator=torch.Generator().manual_seed(0))
+    products = dct.coefficients(matrix, kind, evaluation="matmul")
+    for power in (1, 2):
+        expected = torch.linalg.vector_norm(products, power, dim=0)
+        for dim, each in ((1, matrix), (0, matrix.T)):
+            found = dct.norms(each, kind, dim, power, block=3 * n)  # the last block is smaller
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_single_vectors_need_no_table(monkeypatch: pytest.MonkeyPatch) -> None:

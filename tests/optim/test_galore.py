@@ -280,6 +280,17 @@ def test_adafactors_rates() -> None:
     assert 0.5 * 1e-2 * rms < float(moved.norm() / 24**0.5) <= 1e-2 * rms * 1.0001
 
 
+def test_adafactors_decay_has_its_rate() -> None:
+    plain, decayed = weights(TALL, (4,)), weights(TALL, (4,))
+    rates = []
+    for parameters, weight_decay in ((plain, 0.0), (decayed, 0.5)):
+        groups = [{"params": parameters[:1], "rank": 2}, {"params": parameters[1:]}]
+        rates = [1e-2 * float(p.detach().square().mean().sqrt()) for p in parameters]
+        run(GaLoreAdafactor(groups, weight_decay=weight_decay), parameters, 1)
+    for one, other, start, rate in zip(plain, decayed, weights(TALL, (4,)), rates, strict=True):
+        torch.testing.assert_close(one - other, 0.5 * rate * start, rtol=0, atol=1e-6)
+
+
 def test_a_warning_free_build() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

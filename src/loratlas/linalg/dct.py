@@ -45,47 +45,89 @@ def vectors(kind: str, n: int, index: Tensor, seed: int, dtype: torch.dtype) -> 
     return _cosines(kind, n, index.cpu()).to(device=index.device, dtype=dtype)
 
 
-def coefficients(x: Tensor, kind: str, seed: int = 0, evaluation: str = "auto") -> Tensor:
-    """Inner products of the rows of x (..., n) with all n vectors of a set: (..., n), float32 or float64.
+def coefficients(x: Tensor, kind: str, dim: int = -1, seed: int = 0, evaluation: str = "auto") -> Tensor:
+    """Inner products of the slices of x along `dim` with all n vectors of a set: x's shape, float32 or float64.
 
     Args:
-        evaluation: "matmul" by the table, O(n^2) a row; "fft", O(n log n), not for "random"; "auto" is "fft" beyond
+        evaluation: "matmul" by the table, O(n^2) a slice; "fft", O(n log n), not for "random"; "auto" is "fft" beyond
             `LARGEST_TABLE` and on the CPU, where it is many times as fast.
     """
-    n = x.shape[-1]
-    if evaluation == "auto":
-        evaluation = "fft" if x.device.type == "cpu" or n > LARGEST_TABLE else "matmul"
-    if kind == "random" or evaluation == "matmul":
-        return x @ table(kind, n, seed, x.dtype, x.device).T
-    return dct2(x) if kind == "dct2" else dct3(x)
+    if _by_fft(x, kind, dim, evaluation):
+        return dct2(x, dim) if kind == "dct2" else dct3(x, dim)
+    rows = table(kind, x.shape[dim], seed, x.dtype, x.device)
+    return (x.movedim(dim, -1) @ rows.T).movedim(-1, dim)
 
 
-def dct2(x: Tensor) -> Tensor:
-    """x D^T along the last dimension."""
-    n = x.shape[-1]
-    # even places upwards, odd ones downwards
-    spectrum = torch.fft.rfft(torch.cat((x[..., ::2], x[..., 1::2].flip(-1)), dim=-1)) * _twist(n, x)
-    upper = spectrum.imag[..., 1 : (n + 1) // 2].flip(-1)
-    return torch.cat((spectrum.real, upper.neg()), dim=-1)
+def norms(
+    matrix: Tensor, kind: str, dim: int, power: int, seed: int = 0, evaluation: str = "auto", block: int | None = None
+) -> Tensor:
+    """For every vector of a set the p-norm of its products with the slices of a matrix along `dim`: (n,).
+
+    The products are never held together: on the CPU a block of them stays in its cache, in half the time.
+
+    Args:
+        power: p, 1 or 2.
+        block: numbers at a time.
+    """
+    n = matrix.shape[dim]
+    block = block or (2**17 if matrix.device.type == "cpu" else 2**26)
+    fast = kind == "dct2" and _by_fft(matrix, kind, dim, evaluation)
+    total: Tensor | None = None
+    for part in matrix.split(max(1, block // n), dim=1 - dim):
+        # real and imaginary parts are put in order once, at the end
+        products = torch.view_as_real(_halves(part, dim)) if fast else coefficients(part, kind, dim, seed, evaluation)
+        found = (products.abs_() if power == 1 else products.square_()).sum(1 - dim)
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    if fast:
+        total = torch.cat((total[:, 0], total[1 : (n + 1) // 2, 1].flip(0)))
+    return total if power == 1 else total.sqrt()
 
 
-def dct3(x: Tensor) -> Tensor:
-    """x D along the last dimension: the inverse of `dct2`."""
-    n = x.shape[-1]
+def dct2(x: Tensor, dim: int = -1) -> Tensor:
+    """D applied along a dimension: x D^T for the last one."""
+    n = x.shape[dim]
+    halves = _halves(x, dim)
+    upper = halves.imag.narrow(dim, 1 if n > 2 else 0, (n - 1) // 2).flip(dim)
+    return torch.cat((halves.real, upper.neg()), dim=dim)
+
+
+def dct3(x: Tensor, dim: int = -1) -> Tensor:
+    """D^T applied along a dimension, x D for the last one: the inverse of `dct2`."""
+    n = x.shape[dim]
     half = n // 2 + 1
-    mirrored = torch.cat((torch.zeros_like(x[..., :1]), x[..., 1:].flip(-1)), dim=-1)[..., :half]
-    permuted = torch.fft.irfft(torch.complex(x[..., :half], mirrored.neg()) / _twist(n, x), n=n)
-    result = torch.empty_like(permuted)
-    result[..., ::2] = permuted[..., : (n + 1) // 2]
-    result[..., 1::2] = permuted[..., (n + 1) // 2 :].flip(-1)
-    return result
+    upper = torch.cat((torch.zeros_like(x.narrow(dim, 0, 1)), x.narrow(dim, 1, n - 1).flip(dim)), dim=dim)
+    halves = torch.complex(x.narrow(dim, 0, half), upper.narrow(dim, 0, half).neg())
+    permuted = torch.fft.irfft(halves / _twist(x, dim), n=n, dim=dim)
+    return torch.empty_like(permuted).index_copy_(dim, _order(n, x.device), permuted)
 
 
-def _twist(n: int, like: Tensor) -> Tensor:
-    """c_k exp(-i pi k / (2n)) for k <= n / 2, with c the norms of the cosines."""
-    k = torch.arange(n // 2 + 1, device=like.device, dtype=like.dtype)
-    size = torch.where(k == 0, 1 / math.sqrt(n), math.sqrt(2 / n)).to(like.dtype)
-    return torch.polar(size, -math.pi * k / (2 * n))
+def _by_fft(x: Tensor, kind: str, dim: int, evaluation: str) -> bool:
+    if evaluation == "auto":
+        return kind != "random" and (x.device.type == "cpu" or x.shape[dim] > LARGEST_TABLE)
+    return evaluation == "fft"
+
+
+def _halves(x: Tensor, dim: int) -> Tensor:
+    """Coefficients k and n - k of DCT-II, the latter negated, as real and imaginary part of a number; k <= n / 2."""
+    permuted = x.index_select(dim, _order(x.shape[dim], x.device))
+    return torch.fft.rfft(permuted, dim=dim).mul_(_twist(x, dim))
+
+
+def _order(n: int, device: torch.device) -> Tensor:
+    """Even places upwards, then odd ones downwards."""
+    places = torch.arange(n, device=device)
+    return torch.cat((places[::2], places[1::2].flip(0)))
+
+
+def _twist(x: Tensor, dim: int) -> Tensor:
+    """c_k exp(-i pi k / (2n)) for k <= n / 2, with c the norms of the cosines; along `dim` of x."""
+    n = x.shape[dim]
+    k = torch.arange(n // 2 + 1, device=x.device, dtype=x.dtype)
+    size = torch.where(k == 0, 1 / math.sqrt(n), math.sqrt(2 / n)).to(x.dtype)
+    shape = [1] * x.dim()
+    shape[dim] = -1
+    return torch.polar(size, -math.pi * k / (2 * n)).view(shape)
 
 
 def _cosines(kind: str, n: int, index: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ clipping by their common norm, loss scaling, and DistributedDataParallel, which 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
@@ -34,14 +35,15 @@ class Layerwise:
         self._optimizer = weakref.ref(optimizer)
         self._stepped: set[int] = set()
 
-    def watch(self, parameters: Iterable[Tensor]) -> None:
+    def watch(self, group: int, parameters: Iterable[Tensor]) -> None:
+        """Step `parameters` of the optimizer's group of that number as they get their gradients."""
         for p in parameters:
-            p.register_post_accumulate_grad_hook(self._arrived)
+            p.register_post_accumulate_grad_hook(functools.partial(self._arrived, group))
 
     def end_of_step(self) -> None:
         self._stepped.clear()
 
-    def _arrived(self, parameter: Tensor) -> None:
+    def _arrived(self, group: int, parameter: Tensor) -> None:
         optimizer = self._optimizer()
         if optimizer is None:
             return
@@ -52,5 +54,5 @@ class Layerwise:
                 "backward pass."
             )
         self._stepped.add(id(parameter))
-        optimizer.update([parameter])
+        optimizer.update([(optimizer.param_groups[group], [parameter])])
         parameter.grad = None

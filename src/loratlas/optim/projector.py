@@ -24,7 +24,7 @@ from loratlas.engine.sharded import from_rank0
 from loratlas.errors import UserError
 from loratlas.linalg import dct
 from loratlas.linalg.subspace import leading_directions
-from loratlas.linalg.svd import METHODS
+from loratlas.linalg.svd import METHODS, result_dtype
 
 BASES = ("svd", *dct.SETS)
 SIDES = ("std", "reverse_std", "left", "right", "full")
@@ -151,13 +151,13 @@ class Projector:
         return scores.sort(dim=1, descending=True, stable=True).indices[:, :rank].sort(dim=1).values
 
     def _scores(self, matrix: Tensor, dim: int) -> Tensor:
-        products = dct.coefficients(matrix if dim == 1 else matrix.T, self.basis, self.seed, self.evaluation)
         power = abs(self.select_norm)
-        scores = torch.linalg.vector_norm(products, power, dim=0)
+        exact = matrix.to(result_dtype(matrix))  # there is no FFT in half precision
+        scores = dct.norms(exact, self.basis, dim, power, self.seed, self.evaluation)
         if self.select_norm < 0:
             n = scores.shape[0]
             every = torch.arange(n, device=matrix.device)
-            own = dct.vectors(self.basis, n, every, self.seed, matrix.dtype)
+            own = dct.vectors(self.basis, n, every, self.seed, exact.dtype)
             scores = scores * torch.linalg.vector_norm(own, power, dim=1)
         return scores
 

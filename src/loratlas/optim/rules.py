@@ -70,8 +70,7 @@ class Rule:
                 old = self.read(state, name)
                 shape = [1] * old.dim()
                 shape[dim] = -1
-                moved = old.index_select(dim, source)
-                self.write(state, name, torch.where(kept.view(shape), moved, torch.zeros_like(moved)))
+                self.write(state, name, old.index_select(dim, source).masked_fill_(~kept.view(shape), 0))
 
     def forget(self, state: State) -> None:
         """Set all moments to 0."""

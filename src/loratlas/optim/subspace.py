@@ -87,7 +87,7 @@ class SubspaceOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if self._layerwise is not None:
-            self._layerwise.watch(group["params"])
+            self._layerwise.watch(len(self.param_groups) - 1, group["params"])
 
     # ------------------------------------------------------------------------------------------------- stepping
 
@@ -99,17 +99,16 @@ class SubspaceOptimizer(Optimizer):
                 loss = closure()
         if self._layerwise is not None:
             self._layerwise.end_of_step()
-        self.update(p for group in self.param_groups for p in group["params"])
+        self.update([(group, group["params"]) for group in self.param_groups])
         return loss
 
     @torch.no_grad()
-    def update(self, parameters: Iterable[Tensor]) -> None:
-        """One step of those of `parameters` that have gradients; if it raises, nothing has moved."""
-        wanted = {id(p) for p in parameters if p.grad is not None}
+    def update(self, chosen: Iterable[tuple[Group, Sequence[Tensor]]]) -> None:
+        """One step of those parameters of a group that have gradients; if it raises, nothing has moved."""
         work = [
             (group, together, count)
-            for group in self.param_groups
-            for together, count in self._alike(group, [p for p in group["params"] if id(p) in wanted])
+            for group, parameters in chosen
+            for together, count in self._alike(group, [p for p in parameters if p.grad is not None])
         ]
         self._refuse_broken(work)
         for group, together, count in work:
@@ -254,7 +253,8 @@ class SubspaceOptimizer(Optimizer):
             if group["rank"] is not None and self._due(group, count):
                 due.setdefault(parameters[0].device, []).extend(parameters)
         for parameters in due.values():
-            finite = torch.stack(torch._foreach_norm([_gradient(p) for p in parameters], float("inf"))).isfinite()
+            # a sum is finite only where its terms are; half precision is summed in float32
+            finite = torch.stack([_gradient(p).sum(dtype=result_dtype(p)) for p in parameters]).isfinite()
             if not bool(finite.all()):
                 first = parameters[finite.tolist().index(False)]
                 raise UserError(
