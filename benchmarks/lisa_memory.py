@@ -18,7 +18,13 @@ from typing import Any
 
 import torch
 from paired import RESULTS, Bar, Spread, Table, ratio, save, shuffled
+from peft import get_peft_model
 from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loratlas import AtlasLoraConfig, LisaConfig, attach
+from loratlas.strategies.footprint import state_of
+from loratlas.train.memory import PeakMemory
 
 ARMS = ("full", "lora-r8", "lora-r128", "lisa-keep", "lisa-drop", "lisa-offload")
 _MIB = 2**20
@@ -29,8 +35,8 @@ class Setting:
     """A Llama with random weights. steps: of training, in `steps // interval` periods of LISA."""
 
     width: int = 512
-    layers: int = 12
-    vocabulary: int = 4000
+    layers: int = 8
+    vocabulary: int = 2000
     batch: int = 2
     length: int = 64
     active: int = 2
@@ -53,11 +59,6 @@ class Measured:
 
 def measure(arm: str, setting: Setting) -> Measured:
     """Train `setting.steps` steps of one arm in this process."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from loratlas.strategies.footprint import state_of
-    from loratlas.train.memory import PeakMemory
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     heads = max(1, setting.width // 64)
@@ -86,10 +87,6 @@ def measure(arm: str, setting: Setting) -> Measured:
 
 
 def _prepared(arm: str, model: Any, setting: Setting) -> tuple[Any, torch.optim.Optimizer]:
-    from peft import get_peft_model
-
-    from loratlas import AtlasLoraConfig, LisaConfig, attach
-
     name, _, how = arm.partition("-")
     if name == "lora":
         model = get_peft_model(model, AtlasLoraConfig(r=int(how[1:]), target_modules="all-linear"))

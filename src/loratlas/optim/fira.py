@@ -124,6 +124,7 @@ class FiraConfig(SubspaceConfig):
     """
 
     name = "fira"
+    trains_base = True
 
     r: int = knob(128, "Rank of the gradient's projection; below that of the factors, when these are trained.")
     alpha: float = knob(1.0, "Multiplies the projected step: 1 for fine-tuning, the official 0.25 for pretraining.")

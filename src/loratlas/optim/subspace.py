@@ -81,6 +81,7 @@ class SubspaceOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        group["slot_moments"] = group["rank"] is None  # see `engine.moments`: projected moments are of no single row
         try:
             self._check(group)
         except UserError:
