@@ -8,18 +8,22 @@ from typing import Any
 
 import torch
 from paired import clock
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from loratlas import AtlasLoraConfig, SRLoraConfig, attach
 from loratlas.catalog import load_entry
+from loratlas.engine.growing import GrowingConfig
 from loratlas.train.methods import build_config, trainable
 
 FP32, BF16 = torch.float32, torch.bfloat16
 RANK, VOCABULARY = 8, 1000
+LONG = 10_000  # steps
 EVENTS = 6  # of SRLoRA: half the pairs each, two ranks a pair, a history of 48
 PARTS = ("step", "forward", "backward")
+# {method of the catalogue: PEFT's arm of the same function, which is measured beside it}
+TWINS = {"miss": "peft-miss", "bone": "peft-bat", "randlora": "peft-randlora"}
 ARMS = ("frozen", "peft", "lora", "pissa", "srlora", "srlora-inplace")
 
 
@@ -74,7 +78,8 @@ class Arm:
     event_seconds: list[float] = field(default_factory=list)
 
     def loss(self) -> Tensor:
-        return (self.model(input_ids=self.ids).last_hidden_state.float() - self.goal).square().mean()
+        loss = (self.model(input_ids=self.ids).last_hidden_state.float() - self.goal).square().mean()
+        return loss if self.lifecycle is None else loss + self.lifecycle.terms()
 
     def step(self) -> dict[str, float]:
         forward, loss = clock(self.loss)
@@ -98,7 +103,7 @@ class Arm:
 
 
 def make_arm(name: str, setting: Setting) -> Arm:
-    """The arm `name`: one of `ARMS` or a method of the catalogue."""
+    """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
     model: Any = setting.encoder()
     generator = torch.Generator().manual_seed(1)
     size = (setting.batch, setting.length)
@@ -109,9 +114,11 @@ def make_arm(name: str, setting: Setting) -> Arm:
         model.requires_grad_(False)
         model.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         return Arm(model, ids, goal)
-    model = get_peft_model(model, _config(name, setting, model))
+    config = _config(name, setting, model)
+    model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
-    total = 2 * (EVENTS + 1)
+    # a rank that grows is measured in its growth, which a long run has not left behind when the timing begins
+    total = LONG if isinstance(config, GrowingConfig) else 2 * (EVENTS + 1)
     arm = Arm(model, ids, goal, optimizer, attach(model, optimizer, total_steps=total))
     if name.startswith("srlora"):
         arm.pass_events(total)
@@ -129,6 +136,14 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
     svd: dict[str, Any] = {"svd_method": "lowrank", "svd_niter": 1}
     if name == "peft":
         return LoraConfig(**shared)
+    if name in ("peft-miss", "peft-bat"):
+        variant: Any = True if name == "peft-miss" else "bat"
+        dropout = shared.pop("lora_dropout")
+        return MissConfig(init_weights=variant, miss_dropout=dropout, **shared)
+    if name == "peft-randlora":
+        # r and the scaling are those of our arm; PEFT's own default of alpha is 20 r too
+        renamed = {"randlora_dropout": shared.pop("lora_dropout"), "randlora_alpha": 20 * RANK}
+        return RandLoraConfig(**shared, **renamed)
     if name == "lora":
         return AtlasLoraConfig(**shared)
     if name == "pissa":
@@ -138,4 +153,6 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
         return SRLoraConfig(r_target=RANK + EVENTS * RANK // 2, gamma=0.5, fuse_mode=mode, **svd, **shared)
     system = trainable(name)
     known = {f.name for f in fields(load_entry(system))}
+    if "init_r" in known:  # against a LoRA of the rank that its tensors have room for
+        shared |= {"r": RANK // 4, "r_max": RANK}
     return build_config(system, "", model, {key: value for key, value in shared.items() if key in known})

@@ -23,7 +23,7 @@ def test_it_holds_the_56_systems() -> None:
     assert len(SLUGS.split()) == 56
     assert sorted(row.slug for row in systems()) == sorted(SLUGS.split())
     assert len({row.paper for row in systems()}) == 56
-    assert [row.slug for row in baselines()] == ["lora", "pissa", "peft-lora", "lora-xs"]
+    assert [row.slug for row in baselines()] == ["lora", "pissa", "peft-lora", "lora-xs", "miss"]
 
 
 @pytest.mark.parametrize("row", [*systems(), *baselines()], ids=lambda row: row.slug)
@@ -66,5 +66,5 @@ def test_unknown_names_get_a_suggestion_and_planned_ones_a_sentence() -> None:
         find("srlroa")
     with pytest.raises(UserError, match="loratlas methods"):
         find("zzzzzzzz")
-    with pytest.raises(UserError, match="sora is planned"):
-        load_entry(find("sora"))
+    with pytest.raises(UserError, match="m2mkd is planned"):
+        load_entry(find("m2mkd"))

@@ -169,6 +169,24 @@ def test_figures_show_what_the_runs_hold() -> None:
     assert when.customdata[0][5] == "a.query, slot 0<br>step 7: direction 4 to 6"
 
 
+def test_ranks_are_drawn_for_as_long_as_they_lasted(tmp_path: Path) -> None:
+    moved = [
+        {"layer": "a.0.query", "steps": [0, 3, 7], "ranks": [1, 3, 4]},
+        {"layer": "a.1.<b>", "steps": [0, 7], "ranks": [1, 2]},
+    ]
+    grown = run("increlora", "IncreLoRA", 0, 0.6, ranks=moved)
+    (heat,) = figures.rank_figure(grown).data
+    assert list(heat.x) == [0, 3, 7, 10]
+    assert [list(row) for row in heat.z] == [[1, 3, 4], [1, 1, 2]]
+    assert heat.customdata[0][1] == "a.0.query, rank 3<br>after steps 3 to 6"
+    value = comparison()
+    plain = write_report(value, tmp_path / "plain.html").read_text()
+    page = write_report({**value, "runs": [*value["runs"], grown]}, tmp_path / "grown.html").read_text()
+    assert "<h2>Rank of each layer: IncreLoRA, seed 0</h2>" in page
+    assert "a.1.<b>" not in page.replace("\\u003c", "<!")
+    assert "Rank of each layer" not in plain
+
+
 def test_nothing_to_report(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no finished run"):
         write_report({**comparison(), "runs": []}, tmp_path / "report.html")

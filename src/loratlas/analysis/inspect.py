@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loratlas.analysis.adapter_folder import PREFIX, AdapterFolder, read_adapter
+from loratlas.analysis.ranks import rank_history
 from loratlas.analysis.recomposition import recomposing_layers, recomposition_state, recompositions
 from loratlas.analysis.update import layer_updates, method_of, tensor_prefix
 from loratlas.linalg.lowrank import Pair, singular_values
@@ -31,6 +32,7 @@ class TensorEntry:
 class LayerEntry:
     """The update delta = W' - W of one layer.
 
+    rank: the one it has now, where training moves it, else the configured one.
     shape: (out, in) of delta, in * kh * kw for convolutions. norm: ||delta||_F. singular_values: the non-zero ones,
     descending. effective_rank: see `effective_rank`. They are None where the file's factors alone do not give delta.
     """
@@ -47,7 +49,7 @@ class LayerEntry:
 class Inspection:
     """All that `inspect_adapter` finds. file_bytes is the tensors' sum, without the file's header. recomposition has
     one entry a layer (`recomposition_state`), events one an event and layer (`recompositions`); both are empty for
-    methods that do not recompose."""
+    methods that do not recompose. ranks has one entry a layer whose rank moved while training (`rank_history`)."""
 
     directory: str
     method: str
@@ -63,6 +65,7 @@ class Inspection:
     layers: list[LayerEntry]
     recomposition: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    ranks: list[dict[str, Any]]
 
 
 def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
@@ -74,7 +77,8 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
     folder = read_adapter(path)
     config, method = folder.config, method_of(folder)
     tensors = [_entry(folder, name, tensor) for name, tensor in folder.tensors.items()]
-    targets = config.get("target_modules")
+    targets, ranks = config.get("target_modules"), rank_history(folder)
+    now = {entry["layer"]: entry["ranks"][-1] for entry in ranks}
     return Inspection(
         directory=str(folder.directory),
         method=method.name if method else str(config["peft_type"]).lower(),
@@ -87,9 +91,10 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
         modules_to_save=list(config.get("modules_to_save") or ()),
         file_bytes=sum(entry.bytes for entry in tensors),
         tensors=tensors,
-        layers=[_layer(*layer) for layer in layer_updates(folder)],
+        layers=[_layer(module, now.get(module, rank), update) for module, rank, update in layer_updates(folder)],
         recomposition=[recomposition_state(folder, layer) for layer in recomposing_layers(folder)],
         events=recompositions(folder),
+        ranks=ranks,
     )
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from loratlas.analysis.adapter_folder import PREFIX, AdapterFolder, read_adapter
-from loratlas.errors import UserError
+from torch import Tensor
 
-_PREFIX = "ATLAS_SRLORA_"
+from loratlas.analysis.adapter_folder import AdapterFolder, read_adapter
+from loratlas.analysis.update import layer_tensors
+from loratlas.errors import UserError
 
 
 def recompositions(adapter: AdapterFolder | str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -22,8 +23,8 @@ def recompositions(adapter: AdapterFolder | str | os.PathLike[str]) -> list[dict
     """
     folder = adapter if isinstance(adapter, AdapterFolder) else read_adapter(adapter)
     events: dict[tuple[int, str], dict[str, Any]] = {}
-    for layer in recomposing_layers(folder):
-        for step, slot, old, new in folder.tensors[f"{PREFIX}{layer}.{_PREFIX}log"].tolist():
+    for layer, tensors in recomposing_layers(folder).items():
+        for step, slot, old, new in tensors["log"].tolist():
             empty: dict[str, Any] = {"step": step, "layer": layer, "slots": [], "old_dirs": [], "new_dirs": []}
             event = events.setdefault((step, layer), empty)
             event["slots"].append(slot)
@@ -32,10 +33,9 @@ def recompositions(adapter: AdapterFolder | str | os.PathLike[str]) -> list[dict
     return sorted(events.values(), key=lambda event: event["step"])
 
 
-def recomposing_layers(folder: AdapterFolder) -> list[str]:
-    """Module paths of the layers that carry a recomposition log, in the order of the file."""
-    end = f".{_PREFIX}log"
-    return [name.removeprefix(PREFIX).removesuffix(end) for name in folder.tensors if name.endswith(end)]
+def recomposing_layers(folder: AdapterFolder) -> dict[str, dict[str, Tensor]]:
+    """{module path: its tensors by name} of the layers that carry a log of recompositions, in the order of the file."""
+    return {layer: tensors for layer, tensors in layer_tensors(folder).items() if "log" in tensors}
 
 
 def recomposition_state(folder: AdapterFolder, layer: str) -> dict[str, Any]:
@@ -47,12 +47,10 @@ def recomposition_state(folder: AdapterFolder, layer: str) -> dict[str, Any]:
     Raises:
         UserError: the file lacks one of the layer's tensors.
     """
-    tensors = {}
+    tensors = recomposing_layers(folder)[layer]
     for name in ("events", "cursor", "slot_dir", "RA"):
-        key = f"{PREFIX}{layer}.{_PREFIX}{name}"
-        if key not in folder.tensors:
-            raise UserError(f"{folder.directory} lacks the tensor {key}: save or copy the adapter again.")
-        tensors[name] = folder.tensors[key]
+        if name not in tensors:
+            raise UserError(f"{folder.directory} lacks the tensor {name} of {layer}: save or copy the adapter again.")
     used = int(tensors["cursor"])
     return {
         "layer": layer,

@@ -19,7 +19,7 @@ class NeedsBaseModel(Exception):
 
 
 class StoredView:
-    """One layer's tensors as the file has them; what `Method.factors` needs of `engine.method.View`."""
+    """One layer's tensors as the file has them; what `Method.exported` needs of `engine.method.View`."""
 
     def __init__(self, cfg: Any, r: int, scaling: float, tensors: dict[str, Tensor]) -> None:
         self.cfg = cfg
@@ -86,7 +86,7 @@ def _own_update(method: Method, view: Any) -> Pair | None:
     if not isinstance(method, LowRankMethod):
         return None
     try:
-        down, up = method.factors(view).joined()
+        down, up = method.exported(view).joined()
     except NeedsBaseModel:
         return None
     return up, down

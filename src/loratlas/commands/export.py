@@ -45,6 +45,11 @@ class Precision(str, Enum):
     float16 = "float16"
 
 
+class Ranks(str, Enum):
+    one = "one"
+    each = "each"
+
+
 class Heads(str, Enum):
     """Where modules saved whole go."""
 
@@ -76,6 +81,13 @@ def export(
     dtype: Annotated[
         Precision, typer.Option(help="Precision of the file; the error is printed.", rich_help_panel=_LORA)
     ] = Precision.float32,
+    ranks: Annotated[
+        Ranks,
+        typer.Option(
+            help="'one' rank for all modules, as servers want it, or 'each' module its own, for stock PEFT.",
+            rich_help_panel=_LORA,
+        ),
+    ] = Ranks.one,
     heads: Annotated[
         Heads,
         typer.Option(
@@ -102,7 +114,7 @@ def export(
 ) -> None:
     """Ship a trained adapter in a form that needs no LoRAtlas: a plain LoRA, or the merged model."""
     if to is Form.merged:
-        _refuse_lora_options(rank, dtype, heads, check, component)
+        _refuse_lora_options(rank, dtype, ranks, heads, check, component)
     if out.resolve() == directory.resolve():
         raise UserError(f"--out {out} is the adapter itself; give another directory.")
     with error_console().status("loading the adapter on its base model"):
@@ -122,6 +134,7 @@ def export(
                 out,
                 rank=rank,
                 dtype=getattr(torch, dtype.value),
+                ranks=ranks.value,
                 heads=heads.value,
                 component=component,
                 check=check.value if check else None,
@@ -134,12 +147,13 @@ def export(
 
 
 def _refuse_lora_options(
-    rank: int | None, dtype: Precision, heads: Heads, check: Server | None, component: str | None
+    rank: int | None, dtype: Precision, ranks: Ranks, heads: Heads, check: Server | None, component: str | None
 ) -> None:
     if rank is not None:
         raise UserError("--rank limits the rank of a LoRA; merged weights have none, so leave it out.")
     given = {
         "--dtype": dtype is not Precision.float32,
+        "--ranks": ranks is not Ranks.one,
         "--heads": heads is not Heads.inside,
         "--check": check is not None,
         "--component": component is not None,
@@ -156,9 +170,10 @@ def _summary(report: ExportReport) -> Iterator[str]:
         return
     cut = f" ({report.exact_rank} would be exact)" if report.rank < report.exact_rank else ""
     error = "exact" if report.relative_error == 0 else f"relative error {report.relative_error:.1e}"
+    width = f"padded to {report.padded_rank}" if report.padded_rank else "each module its own"
     yield (
-        f"LoRA written to {report.directory} ({report.tensors} tensors): rank {report.rank}{cut}, padded to "
-        f"{report.padded_rank}, {report.dtype}, {error}."
+        f"LoRA written to {report.directory} ({report.tensors} tensors): rank {report.rank}{cut}, {width}, "
+        f"{report.dtype}, {error}."
     )
     if report.heads:
         yield f"Beside it in head/: {', '.join(report.heads)}."

@@ -27,6 +27,7 @@ loratlas inspect path/to/any/peft/adapter --json
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPECTRUM = 12  # singular values drawn a layer: what fits a line
+_MOMENTS = 20  # of a run, likewise
 
 
 def inspect(
@@ -53,6 +54,8 @@ def _page(found: Inspection, every_tensor: bool) -> Group:
     parts: list[RenderableType] = [_summary(found), _file(found, every_tensor)]
     if any(layer.norm is not None for layer in found.layers):
         parts.append(_layers(found))
+    if found.ranks:
+        parts.append(_ranks(found))
     if found.recomposition:
         parts.append(_recomposition(found))
     return Group(*parts)
@@ -136,7 +139,31 @@ def _layers(found: Inspection) -> Table:
 
 def _spectrum(values: list[float]) -> str:
     """Bars of the largest values relative to the first."""
-    return "".join(_BARS[min(7, int(8 * value / values[0]))] for value in values[:_SPECTRUM])
+    return "".join(_bar(value / values[0]) for value in values[:_SPECTRUM])
+
+
+def _bar(share: float) -> str:
+    return _BARS[min(7, int(8 * share))]
+
+
+def _ranks(found: Inspection) -> Table:
+    from loratlas.analysis.ranks import rank_at
+
+    last = max(1, *(entry["steps"][-1] for entry in found.ranks))
+    most = max(1, *(rank for entry in found.ranks for rank in entry["ranks"]))
+    total = sum(entry["ranks"][-1] for entry in found.ranks)
+    table = _table(f"The rank of each layer: {total} in all, {total / len(found.ranks):.3g} on average")
+    table.caption = f"over time: from the start to step {last}, the last that moved a rank; a full bar is rank {most}."
+    table.add_column("module", overflow="fold")
+    table.add_column("rank now", justify="right", no_wrap=True)
+    table.add_column("over time", no_wrap=True)
+    table.add_column("moved at step", overflow="fold")
+    moments = [round(last * i / (_MOMENTS - 1)) for i in range(_MOMENTS)]
+    for entry in found.ranks:
+        bars = "".join(_bar(rank_at(entry, step) / most) for step in moments)
+        moves = " ".join(f"{step}:{rank}" for step, rank in zip(entry["steps"][1:], entry["ranks"][1:], strict=True))
+        table.add_row(escape(entry["layer"]), str(entry["ranks"][-1]), bars, moves or "-")
+    return table
 
 
 def _recomposition(found: Inspection) -> Table:

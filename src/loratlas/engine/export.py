@@ -8,6 +8,7 @@ low-rank methods hand out their own factors.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class ExportReport:
     Attributes:
         kind: "lora" or "merged"; of merged weights only `directory` and `tensors` say anything.
         rank: largest rank of a module's update, as exported. exact_rank: what it takes to cut nothing.
-        padded_rank: rank of every tensor in the file, r of its config.
-        max_lora_rank: what vLLM must be told to accept; None if it allows no value that large.
+        padded_rank: rank of every tensor in the file, r of its config; 0 where each module has its own.
+        max_lora_rank: what vLLM must be told to accept; None if it does not serve such a file.
         relative_error: ||delta - exported||_F / ||delta||_F over all modules, of cutting and of rounding to `dtype`; 0
             when neither changed anything.
         heads: modules saved whole that went into the folder `head`.
@@ -79,6 +80,7 @@ def export_lora(
     rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     *,
+    ranks: str = "one",
     heads: str = "inside",
     component: str | None = None,
     check: str | None = None,
@@ -91,6 +93,9 @@ def export_lora(
     Args:
         rank: largest rank; None means exact. A smaller one takes the best approximation of each module's update.
         dtype: dtype of the factors in the file; the error of rounding is part of the report.
+        ranks: "one" rank for all modules, padded with zeros, as servers want it; or "each" module its own, in the
+            config's rank_pattern: the smaller file for stock PEFT where training chose the ranks. Modules without any
+            rank are left out then.
         heads: modules saved whole (a classifier head) "inside" the adapter's file, as PEFT loads them, or "beside" it
             in the folder `head`, because servers take none: `base.load_state_dict(..., strict=False)` puts them back.
         component: for diffusers, the pipeline's component that `model` is ("unet", "transformer", ...): writes
@@ -102,8 +107,10 @@ def export_lora(
         UserError: the model has no such adapter, the method has no LoRA form, numbers that `dtype` cannot hold, heads
             or biases that have no place, a failed check or verification, or `directory` is a file.
     """
-    _check_options(rank, dtype, heads, component, check)
+    _check_options(rank, dtype, ranks, heads, component, check)
     forms = {path: lora_form(path, layer, adapter_name, rank, dtype) for path, layer in _layers(model, adapter_name)}
+    if ranks == "each":
+        forms = {path: form for path, form in forms.items() if form.rank} or dict(itertools.islice(forms.items(), 1))
     others = {name: _for_file(tensor) for name, tensor in _other_tensors(model, adapter_name).items()}
     beside = heads == "beside" and bool(others)
     if beside and model.peft_config[adapter_name].bias != "none":  # type: ignore[index, union-attr]
@@ -112,18 +119,21 @@ def export_lora(
             "weights, or heads='inside' for stock PEFT."
         )
     largest = max(1, *(form.rank for form in forms.values()))
-    width = padded_rank(largest)
+    widths = {path: max(1, form.rank) if ranks == "each" else padded_rank(largest) for path, form in forms.items()}
+    width = max(widths.values())
+    biased = any(form.bias is not None for form in forms.values())
     tensors = {
         f"{PREFIX}{path}.{name}": _for_file(tensor)
         for path, form in forms.items()
-        for name, tensor in form.tensors(path, width).items()
+        for name, tensor in form.tensors(path, widths[path], biased=biased).items()
     }
     inside = {} if beside else others
     names = _saved_modules(model, adapter_name)
     verification = None
     with whole_directory(directory) as folder:
         _save(tensors | inside, folder / SAFETENSORS_WEIGHTS_NAME)
-        _lora_config(model, adapter_name, forms, width, headless=beside).save_pretrained(str(folder))
+        config = _lora_config(model, adapter_name, forms, widths, headless=beside, biased=biased)
+        config.save_pretrained(str(folder))
         if component is not None:
             renamed = {f"{component}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
             _save(renamed, folder / DIFFUSERS_WEIGHTS_NAME)
@@ -139,13 +149,13 @@ def export_lora(
         tensors=len(tensors) + len(others),
         rank=largest,
         exact_rank=max(form.exact_rank for form in forms.values()),
-        padded_rank=width,
-        max_lora_rank=max_lora_rank(width),
+        padded_rank=0 if ranks == "each" else width,
+        max_lora_rank=None if ranks == "each" else max_lora_rank(width),
         relative_error=total_error(forms.values()),
         dtype=str(dtype).removeprefix("torch."),
         heads=names if beside else (),
         verification=verification,
-        remarks=_remarks(width, names if inside else ()),
+        remarks=_remarks(0 if ranks == "each" else width, names if inside else (), biased=biased),
     )
 
 
@@ -162,6 +172,8 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             f"{quantised[0]} is quantised, and merging into quantised weights loses accuracy: load the base model in "
             "full precision (bfloat16 or float32), load the adapter on it, and export that."
         )
+    if hasattr(model.base_model.model, "save_pretrained"):  # type: ignore[union-attr]
+        _refuse_new_biases(layers, adapter_name)
     twin: Any = copy.deepcopy(model)
     twin.set_adapter(adapter_name)  # takes out what is merged, and brings the adapter's own modules_to_save
     merged: Any = twin.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
@@ -174,11 +186,27 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
     return ExportReport(str(directory), "merged", len(merged.state_dict()))
 
 
-def _check_options(rank: int | None, dtype: torch.dtype, heads: str, component: str | None, check: str | None) -> None:
+def _refuse_new_biases(layers: Mapping[str, AtlasLayer], adapter: str) -> None:
+    """A transformers model is built anew by its configuration, and would drop a bias that this does not know of."""
+    for path, layer in layers.items():
+        if layer.bias_delta([adapter]) is not None and layer.base_bias() is None:
+            raise UserError(
+                f"{path} has no bias, but the adapter adds one, which the saved model would lose on loading: train the "
+                "adapter without biases of its own, or use merge_and_unload() and keep the model in memory."
+            )
+
+
+def _check_options(
+    rank: int | None, dtype: torch.dtype, ranks: str, heads: str, component: str | None, check: str | None
+) -> None:
     if rank is not None and rank < 1:
         raise UserError(f"rank must be at least 1, but it is {rank}.")
     if dtype not in DTYPES:
         raise UserError(f"dtype must be one of {', '.join(map(str, DTYPES))}, but it is {dtype}.")
+    if ranks not in ("one", "each"):
+        raise UserError(f"ranks must be 'one' or 'each', but it is {ranks!r}.")
+    if ranks == "each" and (check is not None or component is not None):
+        raise UserError("ranks='each' is for stock PEFT: servers and diffusers want one rank.")
     if heads not in ("inside", "beside"):
         raise UserError(f"heads must be 'inside' or 'beside', but it is {heads!r}.")
     if component is not None and component not in COMPONENTS:
@@ -227,9 +255,18 @@ def _save_head(tensors: Mapping[str, Tensor], modules: tuple[str, ...], folder: 
     return folder / "model.safetensors"
 
 
-def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: int, *, headless: bool) -> LoraConfig:
+def _lora_config(
+    model: Any,
+    adapter: str,
+    forms: Mapping[str, LoraForm],
+    widths: Mapping[str, int],
+    *,
+    headless: bool,
+    biased: bool,
+) -> LoraConfig:
     ours: Any = model.peft_config[adapter]
-    targets = sorted(forms)
+    targets, rank = sorted(forms), max(widths.values())
+    pattern = {f"^{path}": width for path, width in widths.items() if width != rank}
     # PEFT matches names by their end: keep modules away that merely end like one of ours
     ends = tuple(f".{target}" for target in targets)
     others = sorted(path for path, _ in base_modules(model) if path not in forms and path.endswith(ends))
@@ -238,9 +275,12 @@ def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: 
     return LoraConfig(
         r=rank,
         lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
         target_modules=targets,
         exclude_modules=others or None,
         modules_to_save=saved,
+        lora_bias=biased,
         bias="lora_only" if ours.bias == "atlas_only" else ours.bias,
         fan_in_fan_out=all(form.layer.op.kind == "conv1d" for form in forms.values()),
         task_type=None if headless and ours.task_type in _TASKS_WITH_HEAD else ours.task_type,
@@ -250,9 +290,11 @@ def _lora_config(model: Any, adapter: str, forms: Mapping[str, LoraForm], rank: 
     )
 
 
-def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
+def _remarks(width: int, inside: tuple[str, ...], *, biased: bool) -> tuple[str, ...]:
     said = []
-    if max_lora_rank(width) is None:
+    if width == 0:
+        said.append("Every module has a rank of its own (rank_pattern): stock PEFT loads that, servers do not.")
+    elif max_lora_rank(width) is None:
         said.append(
             f"vLLM refuses rank {width}: it serves 512 at most, so give a smaller rank or export merged weights."
         )
@@ -260,6 +302,8 @@ def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
         said.append(
             f"The file holds {', '.join(inside)} as well: stock PEFT loads that, servers do not (--heads beside)."
         )
+    if biased:
+        said.append("The file holds biases (lora_bias): stock PEFT adds them, servers refuse them.")
     return tuple(said)
 
 

@@ -7,7 +7,8 @@ Backward, with g = dL/dy, n = g U^T and h = d(x) A^T:
 
     dL/dx = g W + d'(n D)      dL/dA = (n_1 + n_2)^T d(x)      dL/dB = g^T h      dL/db = sum g
 
-where n_1 and n_2 are the columns of A and of A - A*. Saved for backward: x in its own dtype (shared by q, k and v) if
+where n_1 and n_2 are the columns of A and of A - A*. With a row scale c (see `Factors`), dL/dB = (c g)^T h and n in
+dL/dA is (c g) U^T; dL/dx is as it was. Saved for backward: x in its own dtype (shared by q, k and v) if
 A trains, h, which is as narrow as A, and, with dropout, one bit an element of x. There is no dropped copy of x and no
 copy of x in another dtype. The factors come in the adapter's dtype (fp32): differences are taken there, then each is
 cast once. U is laid out with long rows, because all products with it are then 1.3 to 3 times as fast on a CPU.
@@ -92,6 +93,7 @@ class _FusedLinear(torch.autograd.Function):
         ctx.save_for_backward(kept_x, weight, all_down, all_up, hidden[:, :live].contiguous(), bits)
         ctx.shape = x.shape
         ctx.has_start = factors.start_down is not None
+        ctx.row_scale, ctx.observe = factors.row_scale, factors.observe
         ctx.dtypes = (factors.down.dtype, factors.up.dtype, None if bias is None else bias.dtype)
         return y
 
@@ -106,6 +108,13 @@ class _FusedLinear(torch.autograd.Function):
             if keep is not None:
                 narrow.div_(ctx.stays)
             d_x = d_bias = d_down = d_up = None
+            r = hidden.shape[1]
+            live = narrow
+            if ctx.row_scale is not None and want_down:
+                scale = ctx.row_scale.to(g.dtype)
+                live = g @ (all_up[: 2 * r if ctx.has_start else r] * scale).T
+                if keep is not None:
+                    live.div_(ctx.stays)
             if want_x:
                 d_rows = narrow @ all_down
                 if keep is not None:
@@ -113,14 +122,18 @@ class _FusedLinear(torch.autograd.Function):
                 d_x = d_rows.addmm_(g, weight).view(ctx.shape)
             if want_down:
                 rows = x.reshape(-1, x.shape[-1])
-                r = hidden.shape[1]
-                of_a = narrow[:, :r] + narrow[:, r : 2 * r] if ctx.has_start else narrow[:, :r]
-                d_down = (of_a.T @ (rows if keep is None else keep.mul_(rows))).to(ctx.dtypes[0])
+                rows = rows if keep is None else keep.mul_(rows)
+                of_a = live[:, :r] + live[:, r : 2 * r] if ctx.has_start else live[:, :r]
+                d_down = (of_a.T @ rows).to(ctx.dtypes[0])
+                if ctx.observe is not None:
+                    ctx.observe(g, rows if keep is None else rows.div_(ctx.stays))
             if want_up:
                 d_up = (hidden.T @ g).T.to(ctx.dtypes[1])
+                if ctx.row_scale is not None:
+                    d_up.mul_(ctx.row_scale.to(d_up.dtype)[:, None])
             if want_bias:
                 d_bias = g.sum(0).to(ctx.dtypes[2])
-        made = (d_x, None, d_bias, None, d_down, d_up, None, None, None, None)
+        made = (d_x, None, d_bias, None, d_down, d_up, *[None] * (len(Factors._fields) - 2))
         return _once(made) if torch.is_grad_enabled() else made
 
 

@@ -21,12 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from loratlas.engine.layer import AtlasLayer
     from loratlas.engine.lifecycle import StepContext
     from loratlas.engine.ops import Op
+
+RELATIVE_FISHER = (
+    "relative_fisher"  # the statistic of two data sets; `relative_fisher` gathers it, `calibrate` the rest
+)
 
 
 class View:
@@ -79,6 +83,13 @@ class Factors(NamedTuple):
     down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in), frozen_up:
     (out, f), start_down: (k, in) and start_up: (out, k) do not. All in the adapter's dtype, in which the differences
     are taken: in bf16 the difference of two close factors would be noise.
+
+    Two things concern the backward pass alone, where g (tokens, out) is the gradient of the layer's output and x
+    (tokens, in) the input of the branch, after dropout:
+
+        row_scale: (out,), no gradient; down and up get their gradients from g * row_scale, x gets its own from g.
+        observe: called with (g, x), for what a method wants to know of dL/dW = g^T x without having it as a whole. It
+            runs once a backward pass and must not change either.
     """
 
     down: Tensor
@@ -87,6 +98,8 @@ class Factors(NamedTuple):
     frozen_up: Tensor | None = None
     start_down: Tensor | None = None
     start_up: Tensor | None = None
+    row_scale: Tensor | None = None
+    observe: Callable[[Tensor, Tensor], None] | None = None
 
     def blocks(self) -> tuple[list[Tensor], list[Tensor]]:
         """(downs, ups): the update is the sum of up @ down over both lists."""
@@ -104,6 +117,21 @@ class Factors(NamedTuple):
         return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
 
 
+def low_rank_branch(op: Op, x: Tensor, factors: Factors) -> Tensor:
+    """The branch by the plain formula, for layers that `fused` does not serve; the same gradients."""
+    down, up = factors.joined()
+    if factors.row_scale is None:
+        y = op.low_rank(x, down, up)
+    else:
+        # the value is that of the first term, the second is zero: x meets unscaled gradients, the factors scaled ones
+        train = op.low_rank(x.detach(), down, up)
+        y = op.low_rank(x, down.detach(), up.detach()) + (op.scale_gradient(train, factors.row_scale) - train.detach())
+    if factors.observe is not None and y.requires_grad:
+        rows, watch = op.rows(x.detach()), factors.observe
+        y.register_hook(lambda g: watch(op.output_rows(g), rows))
+    return y
+
+
 class Method:
     """Base of all weight-space methods; override what the method needs.
 
@@ -114,8 +142,10 @@ class Method:
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
+        shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
+        undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
-        additive: False for W' = f(W); then `merged` replaces `delta_weight`.
+        additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
 
     name: ClassVar[str]
@@ -124,6 +154,8 @@ class Method:
     buffers: ClassVar[tuple[str, ...]] = ()
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -163,6 +195,18 @@ class Method:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
 
+    def make_shared(self, cfg: Any, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """{name: tensor} of everything in `shared`, fp32 on the CPU, made once before the layers are.
+
+        sizes: (r, in, out) of every layer that the adapter gets, in the order of the model. The result may depend on
+        nothing but the arguments: other processes make it again.
+        """
+        raise NotImplementedError
+
+    def drawn_again(self, cfg: Any) -> tuple[str, ...]:
+        """Names in `shared` that an adapter's file leaves out; a fingerprint of each is saved and checked instead."""
+        return ()
+
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
         """Give the tensors (all zeros) their start. `weight()` is the base weight, (out, in), fp32 or fp64.
 
@@ -178,13 +222,46 @@ class Method:
         """Output of the adapter branch for layer input x; the dtype is that of x."""
         raise NotImplementedError
 
+    def branch(self, t: View, x: Tensor, y: Tensor, dropped: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the adapter adds to the frozen layer's output y; only methods that read y or drop elsewhere override it.
+
+        dropped: the config's dropout while training, else the identity.
+        """
+        return self.delta(t, dropped(x))
+
+    def output(self, t: View, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """For W' = f(W): the layer's output by calls of `base` alone, the layer without this adapter.
+
+        None where that is not possible; then W' is built and applied (see `transform`).
+        """
+        return None
+
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """Optional: x W^T + b and the branch together, for a plain dense layer with the (out, in) weight W.
+
+        For updates of full rank, which need more than thin products; those of thin factors have the fused op.
+        """
+        raise NotImplementedError
+
     def delta_weight(self, t: View) -> Tensor:
         """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
         raise NotImplementedError
 
+    def bias_delta(self, t: View) -> Tensor | None:
+        """What the adapter adds to the layer's bias, (out,); None: nothing. The layer may have no bias of its own."""
+        return None
+
     def merged(self, t: View, weight: Tensor) -> Tensor:
         """W' for the (out, in) weight W in fp32 or fp64."""
         return weight + self.delta_weight(t).to(weight.dtype)
+
+    def bound(self, cfg: Any) -> bool:
+        """Whether the update is a function of W, so that the adapter belongs to the base it was trained on."""
+        return False
+
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor] | None:
+        """(down, up) with delta_weight = up @ down, if the method has such factors; exports are exact with them."""
+        return None
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Largest rank that an exact plain LoRA of this layer can need after `total_steps` optimizer steps.
@@ -197,6 +274,12 @@ class Method:
     # all layers at once so that a method can batch its arithmetic (torch._foreach_*). Under FSDP2 parameters, gradients
     # and optimizer state are sharded here, buffers are not: read with `sharded.whole` or `sharded.gather`, write with
     # `sharded.write_` or `sharded.put_`, on every rank in the same order.
+
+    def begin(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
+
+    def pace(self, views: Sequence[View], ctx: StepContext, scheduler: Any) -> None:
+        """Runs when training starts, where the scheduler of the learning rate is known (see `phases`)."""
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
@@ -222,7 +305,8 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("before_step", "after_step", "extra_loss"))
+        hooks = ("begin", "before_step", "after_step", "extra_loss")
+        return bool(cls.undecayed) or any(cls.overrides(hook) for hook in hooks)
 
 
 class LowRankMethod(Method):
@@ -236,6 +320,17 @@ class LowRankMethod(Method):
         """The update of one layer in low-rank form."""
         raise NotImplementedError
 
+    def exported(self, t: View) -> Factors:
+        """What an export ships: `factors`, less what adds nothing. Here values may be looked at; no gradients."""
+        return self.factors(t)
+
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """(A (r, in), B (out, r)) where the update is s B A + what does not train, s = t.scaling; else None.
+
+        Optimizers that work on low-rank pairs ask for it (see `pair_registry`).
+        """
+        return None
+
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
 
@@ -247,9 +342,11 @@ class LowRankMethod(Method):
         with torch.no_grad():
             return min(self.factors(t).joined()[0].shape[0], *t.op.shape)
 
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor]:
+        return self.exported(t).joined()
+
     def delta(self, t: View, x: Tensor) -> Tensor:
-        down, up = self.factors(t).joined()
-        return t.op.low_rank(x, down, up)
+        return low_rank_branch(t.op, x, self.factors(t))
 
     def delta_weight(self, t: View) -> Tensor:
         down, up = self.factors(t).joined()

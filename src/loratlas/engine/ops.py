@@ -59,6 +59,18 @@ class Op:
         """The factors under the names and in the shapes of PEFT's LoRA."""
         return {"lora_A.weight": down, "lora_B.weight": up}
 
+    def rows(self, x: Tensor) -> Tensor:
+        """The input as (tokens, in): what the canonical matrix multiplies."""
+        return x.reshape(-1, x.shape[-1])
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        """The output as (tokens, out), in the order of `rows`."""
+        return y.reshape(-1, y.shape[-1])
+
+    def scale_gradient(self, y: Tensor, scale: Tensor) -> Tensor:
+        """y, an output of the layer, whose gradient gets multiplied by scale (out,)."""
+        return _ScaleGradient.apply(y, scale)
+
     @staticmethod
     def bias(base: nn.Module, x: Tensor) -> Tensor | None:
         bias = getattr(base, "bias", None)
@@ -98,6 +110,19 @@ class Conv2dOp(Op):
         kernel = down.reshape(down.shape[0], self.base.in_channels, *self.base.kernel_size)
         hidden = self.base._conv_forward(x, kernel.to(x.dtype), None)
         return F.conv2d(hidden, up.to(x.dtype)[:, :, None, None])
+
+    def rows(self, x: Tensor) -> Tensor:
+        conv = self.base
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        padded = F.pad(x, conv._reversed_padding_repeated_twice, mode=mode)
+        patches = F.unfold(padded, conv.kernel_size, conv.dilation, 0, conv.stride)
+        return patches.transpose(1, 2).reshape(-1, self.shape[1])
+
+    def output_rows(self, y: Tensor) -> Tensor:
+        return y.flatten(2).transpose(1, 2).reshape(-1, self.shape[0])
+
+    def scale_gradient(self, y: Tensor, scale: Tensor) -> Tensor:
+        return _ScaleGradient.apply(y, scale[:, None, None])
 
     def lora_tensors(self, down: Tensor, up: Tensor) -> dict[str, Tensor]:
         if set(self.base.dilation) != {1} or self.base.padding_mode != "zeros":
@@ -145,6 +170,18 @@ class EmbeddingOp(Op):
         # Gemma-like embeddings multiply what they look up
         scale = getattr(self.base, "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale, dtype=rows.dtype, device=rows.device)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, scale: Tensor) -> Tensor:
+        ctx.save_for_backward(scale)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (scale,) = ctx.saved_tensors
+        return grads[0] * scale.to(grads[0].dtype), None
 
 
 def kind_of(base: nn.Module, quantization: dict[str, Any]) -> str | None:

@@ -6,7 +6,7 @@ and backward pass; buffers stay whole. Plain tensors go through all of these fun
 | function | communicates |
 |---|---|
 | `whole`, `gather`, `put_` | if sharded: call them on every rank, in the same order |
-| `from_rank0` | if there are several ranks: likewise |
+| `from_rank0`, `averaged` | if there are several ranks: likewise |
 | `local`, `along`, `positions`, `write_` | never |
 """
 
@@ -142,6 +142,15 @@ def from_rank0(t: Tensor) -> Tensor:
             value = t.new_empty(shape.tolist())
     dist.broadcast(value, src=0)
     return value
+
+
+def averaged(t: Tensor) -> Tensor:
+    """The mean of `t` over all ranks, the same bits on each; `t` itself on one rank."""
+    if not several_ranks():
+        return t
+    total = t.detach().clone()
+    dist.all_reduce(total)
+    return total.div_(dist.get_world_size())
 
 
 def _spread(value: Tensor, mesh: DeviceMesh, placements: Sequence[Any]) -> Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import html
+import itertools
 from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from loratlas.analysis.ranks import rank_at
 
 # Okabe and Ito's palette, made to be told apart with any colour vision; yellow is left out: unreadable on white.
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -153,6 +156,25 @@ def recomposition_figure(run: Run) -> go.Figure:
     figure.update_xaxes(showgrid=False, tickangle=0, tickmode="array")
     figure.update_xaxes(title_text="slot", **_ticks(list(slots), 1, 0), col=1)
     figure.update_xaxes(title_text="step", **_ticks(steps, len(slots) + 1, len(slots) // 2), col=2)
+    return figure
+
+
+def rank_figure(run: Run) -> go.Figure:
+    """A heat map of one run's `ranks`: a row a layer, from its start to its end, coloured by the rank."""
+    layers = [entry["layer"] for entry in run["ranks"]]
+    moves = sorted({step for entry in run["ranks"] for step in entry["steps"]} | {0})
+    edges = [*moves, max(int(run["steps"]), moves[-1] + 1)]  # a field is as wide as its rank has lasted
+    cells = []
+    for entry in run["ranks"]:
+        held = [(rank_at(entry, step), step, end) for step, end in itertools.pairwise(edges)]
+        cells.append([(rank, f"rank {rank}<br>after steps {step} to {end - 1}") for rank, step, end in held])
+    figure = go.Figure(_heat(layers, cells).update(x=edges, xgap=0))
+    styled(figure, "step", None, height=150 + 22 * len(layers))
+    bar = {"title": {"text": "rank"}, "thickness": 12, "tickformat": "d"}
+    figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
+    figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, showgrid=False, tickmode="array")
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=_without_common_start(layers))
+    figure.update_xaxes(showgrid=False)
     return figure
 
 

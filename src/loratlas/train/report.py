@@ -17,6 +17,11 @@ from loratlas.train.wording import headings, noise_line, ranked, row_cells, verd
 Run = dict[str, Any]
 # with this the browser itself refuses whatever is not in the page
 _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+_RECOMPOSED = (
+    "Pairs (slots) that were fused into the frozen part and started again on a new direction of W: left how often in "
+    "all, right which of them at which step, coloured by how often it was by then. Point at a field for the directions."
+)
+_RANKS = "Training decides which layers get rank and when. Left to right: the steps of the run; the brighter, the more."
 _RUN_TITLES = ("method", "seed", "learning rate", "batch size", "steps", "result", "seconds", "set-up", "options")
 
 
@@ -35,8 +40,8 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
         command: the command line that produced it.
 
     The page holds the leaderboard with its verdict, differences to the baseline, loss and metric curves, costs, the
-    learning-rate search, a heat map of recompositions for runs that carry `events`, the command that produced it,
-    versions and notes. It loads nothing: plotly is inside.
+    learning-rate search, heat maps of recompositions for runs that carry `events` and of ranks over time for those that
+    carry `ranks`, the command that produced it, versions and notes. It loads nothing: plotly is inside.
 
     Raises:
         UserError: plotly is not installed, or the comparison has no runs.
@@ -56,7 +61,8 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
         Picture("Training loss", "Faint: every batch. Strong: smoothed mean.", figures.loss_figure(runs)),
         Picture(_metric_title(runs), _metric_hint(runs), figures.metric_figure(runs, comparison["baseline"])),
         Picture("Result and cost", "Means over seeds.", figures.cost_figure(runs)),
-        *_recompositions(runs, figures.recomposition_figure),
+        *_moved(runs, "events", "Recomposed pairs", _RECOMPOSED, figures.recomposition_figure),
+        *_moved(runs, "ranks", "Rank of each layer", _RANKS, figures.rank_figure),
     ]
     if comparison["search_runs"]:
         hint = "Every method had the same grid, on rows held out of the training rows. A ring marks the rate taken."
@@ -151,18 +157,13 @@ def _metric_hint(runs: Sequence[Run]) -> str:
     return f"{better} Line: mean of {seeds} seeds, band: worst to best." if seeds > 1 else f"{better} One seed."
 
 
-def _recompositions(runs: Sequence[Run], draw: Any) -> list[Picture]:
-    """One picture for each method whose runs carry events; the first seed stands for all."""
+def _moved(runs: Sequence[Run], field: str, title: str, hint: str, draw: Any) -> list[Picture]:
+    """One picture for each method whose runs carry `field`; the first seed stands for all."""
     shown: dict[str, Run] = {}
     for run in runs:
-        if run.get("events"):
+        if run.get(field):
             shown.setdefault(run["label"], run)
-    hint = (
-        "Pairs (slots) that were fused into the frozen part and started again on a new direction of W: left how often "
-        "in all, right which of them at which step, coloured by how often it was by then. Point at a field for the "
-        "directions."
-    )
-    return [Picture(f"Recomposed pairs: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
+    return [Picture(f"{title}: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
 
 
 def _making(comparison: dict[str, Any], command: str) -> str:
