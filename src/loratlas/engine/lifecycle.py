@@ -139,7 +139,7 @@ class Lifecycle:
 
     def add_losses(self, output: Any) -> Any:
         """The model's output with the methods' terms added to its loss, if it has one."""
-        loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
             output["loss"] = loss + self.extra_loss()
         return output
