@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from paired import clock
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, MissConfig, PeftConfig, RandLoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
@@ -22,6 +22,8 @@ RANK, VOCABULARY = 8, 1000
 LONG = 10_000  # steps
 EVENTS = 6  # of SRLoRA: half the pairs each, two ranks a pair, a history of 48
 PARTS = ("step", "forward", "backward")
+# {method of the catalogue: PEFT's arm of the same function, which is measured beside it}
+TWINS = {"miss": "peft-miss", "bone": "peft-bat", "randlora": "peft-randlora"}
 ARMS = ("frozen", "peft", "lora", "pissa", "srlora", "srlora-inplace")
 
 
@@ -77,7 +79,7 @@ class Arm:
 
     def loss(self) -> Tensor:
         loss = (self.model(input_ids=self.ids).last_hidden_state.float() - self.goal).square().mean()
-        return loss if self.lifecycle is None else loss + self.lifecycle.extra_loss()
+        return loss if self.lifecycle is None else loss + self.lifecycle.terms()
 
     def step(self) -> dict[str, float]:
         forward, loss = clock(self.loss)
@@ -101,7 +103,7 @@ class Arm:
 
 
 def make_arm(name: str, setting: Setting) -> Arm:
-    """The arm `name`: one of `ARMS` or a method of the catalogue."""
+    """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
     model: Any = setting.encoder()
     generator = torch.Generator().manual_seed(1)
     size = (setting.batch, setting.length)
@@ -134,6 +136,14 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
     svd: dict[str, Any] = {"svd_method": "lowrank", "svd_niter": 1}
     if name == "peft":
         return LoraConfig(**shared)
+    if name in ("peft-miss", "peft-bat"):
+        variant: Any = True if name == "peft-miss" else "bat"
+        dropout = shared.pop("lora_dropout")
+        return MissConfig(init_weights=variant, miss_dropout=dropout, **shared)
+    if name == "peft-randlora":
+        # r and the scaling are those of our arm; PEFT's own default of alpha is 20 r too
+        renamed = {"randlora_dropout": shared.pop("lora_dropout"), "randlora_alpha": 20 * RANK}
+        return RandLoraConfig(**shared, **renamed)
     if name == "lora":
         return AtlasLoraConfig(**shared)
     if name == "pissa":

@@ -2,6 +2,7 @@
 
     python benchmarks/step.py                                   # all bars, about five minutes
     python benchmarks/step.py --method svfit --arm peft --arm lora --setting d384-fp32
+    python benchmarks/step.py --arm frozen --method miss         # beside PEFT's own; so for bone and randlora
     python benchmarks/step.py --quick --rounds 1                # does it run?
 
 BERT encoders with random weights, all linear layers adapted at r = 8, 8 sequences of 128 tokens, AdamW over the
@@ -18,7 +19,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from arms import ARMS, BF16, FP32, PARTS, QUICK, RANK, SETTINGS, Arm, Setting, make_arm, trained
+from arms import ARMS, BF16, FP32, PARTS, QUICK, RANK, SETTINGS, TWINS, Arm, Setting, make_arm, trained
 from paired import RESULTS, Bar, Spread, Table, bars_table, ratio, save, shuffled
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def main(
     data: list[dict[str, Any]] = []
     equal: dict[str, dict[str, float]] = {}
     for each in _chosen(QUICK if quick else SETTINGS, setting):
-        names = [name for name in each.arms() if not arm or name in arm] + (method or [])
+        further = [name for own in method or () for name in (TWINS.get(own), own) if name]
+        names = [name for name in each.arms() if not arm or name in arm] + further
         if not names:
             continue
         arms = measure(each, names, rounds)
@@ -152,6 +154,12 @@ def bars_of(setting: Setting, arms: dict[str, Arm]) -> list[Bar]:
         if setting.dtype == BF16:
             share = arms["lora"].saved_bytes / arms["peft"].saved_bytes
             bars.append(Bar(f"{setting.name}: saved activations, ours / PEFT LoRA", 0.6, Spread.of([share])))
+    for ours, theirs in TWINS.items():
+        if {ours, theirs} <= set(arms):
+            faster = ratio(times[theirs], times[ours])
+            share = Spread.of([arms[ours].saved_bytes / arms[theirs].saved_bytes])
+            bars.append(Bar(f"{setting.name}: step, {theirs} / {ours}", 1.15, faster, at_least=True))
+            bars.append(Bar(f"{setting.name}: saved activations, {ours} / {theirs}", 0.8, share))
     for name, limit in SRLORA_COSTS.items():
         if not {name, "lora"} <= set(arms):
             continue

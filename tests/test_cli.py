@@ -126,14 +126,14 @@ def test_the_options_of_train_have_the_defaults_of_a_recipe() -> None:
     import inspect
 
     from loratlas.commands import train
-    from loratlas.train.recipe import Recipe
+    from loratlas.train.recipe import OPTION_MAPS, Recipe
 
     names = {"accumulation": "gradient_accumulation", "text_column": "text_columns"}
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     shared = {names.get(name, name): p.default for name, p in inspect.signature(train.train).parameters.items()}
     for name in set(defaults) & set(shared) - {"method", "model", "data"}:
         assert (defaults[name] or None) == (shared[name] or None), name
-    assert set(defaults) - set(shared) == {"warmup", "weight_decay", "max_grad_norm", "options"}
+    assert set(defaults) - set(shared) == {"warmup", "weight_decay", "max_grad_norm", *OPTION_MAPS.values()}
 
 
 def test_try_answers_arguments_and_pipes(trained: Path) -> None:
@@ -285,7 +285,7 @@ def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:
 
 MISTAKES = {
     "unknown method": (["train", "srlroa", "--demo"], "no method 'srlroa': did you mean srlora"),
-    "planned method": (["train", "sora", "--demo"], "sora is planned and not implemented yet"),
+    "planned method": (["train", "m2mkd", "--demo"], "m2mkd is planned and not implemented yet"),
     "no data": (["train", "srlora"], "--model and --data missing"),
     "unknown option": (["train", "srlora", "--demo", "--set", "gama=1"], "no option 'gama': did you mean gamma?"),
     "value out of range": (["train", "srlora", "--demo", "--set", "r_target=2"], "r_target"),

@@ -23,8 +23,10 @@ from loratlas.engine.ops import kind_of, op_for
 
 ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.entry.startswith("loratlas.")}
 SMALL: dict[str, dict[str, Any]] = {
+    "bone": {"r": 2},
     "lora-sb": {"init_lr": 0.01},
     "lora-xs": {"init_std": 0.01},
+    "nola": {"num_basis": 24},
     "salt": {"scale_ratio": 0.4},
     "srlora": {"r_target": 12},
 }
@@ -127,8 +129,11 @@ def test_the_fast_forward_is_the_readable_formula(slug: str) -> None:
 
 
 def _dense(t: View, x: Tensor) -> Tensor:
-    weight = t.layer.method.merged(t, t.layer.base_matrix())
-    return nn.functional.linear(x, weight, t.layer.get_base_layer().bias)
+    layer, method = t.layer, t.layer.method
+    bias, shift = layer.get_base_layer().bias, method.bias_delta(t)
+    if shift is not None:
+        bias = shift if bias is None else bias + shift
+    return nn.functional.linear(x, method.merged(t, layer.base_matrix()), bias)
 
 
 @pytest.mark.parametrize(("slug", "kind"), CASES)

@@ -30,6 +30,11 @@ KINDS = ["linear", "conv1d", "embedding", "conv2d"]
 # PEFT wants a start at the base model's function; methods that have another get the options that come closest to that
 CASES = {
     "lora": {"config": "loratlas:AtlasLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
+    "block-lora": {"config": "loratlas:BlockLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "bone": {"config": "loratlas:BoneConfig", "kinds": ["linear"], "kwargs": {"r": 2}},
+    "miss": {"config": "loratlas:AtlasMissConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    # PEFT's Conv1D puts out numbers of about 0.01: what acts on them moves too little in three steps without a scale
+    "hydra": {"config": "loratlas:HydraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4, "scaling": 4.0}},
     "salt": {"config": "loratlas:SaltConfig", "kinds": ["linear", "conv1d", "conv2d"], "kwargs": {"r": 4}},
     "soka": {"config": "loratlas:SoKAConfig", "kinds": ["linear", "conv1d"], "kwargs": {"r": 4}},
     "lora-ga": {"config": "loratlas:LoraGAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
@@ -60,6 +65,20 @@ CASES = {
         "kinds": KINDS[:2] + KINDS[3:],
         "kwargs": {"r": 4, "init_weights": "slora"},
     },
+    "wara": {"config": "loratlas:WaRAConfig", "kinds": ["linear"], "kwargs": {"r": 4}},
+    "nola": {
+        "config": "loratlas:NolaConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "num_basis": 16},
+    },
+    "randlora": {"config": "loratlas:RandLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
+    "codyra": {
+        "config": "loratlas:CoDyRAConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "lora_alpha": 1},
+    },
+    "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
+    "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form

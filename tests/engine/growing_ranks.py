@@ -43,7 +43,7 @@ def train(name: str, how: str, xs: list[torch.Tensor]) -> dict[str, torch.Tensor
     lifecycle = attach(model, optimizer, total_steps=STEPS)
     for _ in range(STEPS):
         for x in xs:
-            ((caller(x) - 1).square().mean() / len(xs) + lifecycle.extra_loss() / len(xs)).backward()
+            ((caller(x) - 1).square().mean() / len(xs) + lifecycle.terms() / len(xs)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return {

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 
-def two_ranks(script: str, *arguments: object) -> None:
-    """Run `script` of this folder under torchrun; fails with its standard error."""
+def two_ranks(script: str | Path, *arguments: object) -> None:
+    """Run `script`, a path from this folder or an absolute one, under torchrun; fails with its standard error."""
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     done = subprocess.run(
-        [sys.executable, *words, str(Path(__file__).with_name(script)), *map(str, arguments)],
+        [sys.executable, *words, str(Path(__file__).parent / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=240,

@@ -165,10 +165,10 @@ def test_the_penalty_sees_live_slots_alone(name: str) -> None:
         k = int(t.rank)
         a, b = t.A[:k].detach(), t.B[:, :k].detach()
         total += float((a @ a.T - torch.eye(k)).norm() + (b.T @ b - torch.eye(k)).norm())
-    found = lifecycle.extra_loss().detach()
+    found = lifecycle.terms().detach()
     assert float(found) == pytest.approx(0.3 * total / 4, rel=1e-5)
     off = get_peft_model(Toy(), config(name, orth_reg_weight=0.0))
-    assert attach(off, adamw(off), total_steps=STEPS).extra_loss() == 0.0
+    assert attach(off, adamw(off), total_steps=STEPS).terms() == 0.0
 
 
 @pytest.mark.parametrize("name", METHODS)

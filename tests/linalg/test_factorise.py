@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from loratlas import UserError
-from loratlas.linalg.factorise import nystrom, usable_svd
+from loratlas.linalg.factorise import nystrom, row_weighted_svd, usable_svd
 from loratlas.linalg.spectrum import energy, spread_ranks
 
 
@@ -43,6 +43,21 @@ def test_without_inverse_nystrom_is_slices_of_its_own() -> None:
     for factor in (up, core, down):
         factor.zero_()
     assert torch.equal(w, before)
+
+
+def test_row_weights_decide_what_a_low_rank_part_holds() -> None:
+    w, rows = matrix(12, 9, dtype=torch.float64), torch.logspace(-1, 1, 12, dtype=torch.float64)
+    up, s, vh = row_weighted_svd(w, rows, 4, eps=0.0)
+    left = rows[:, None] * (w - (up * s) @ vh)
+    torch.testing.assert_close(left.norm(), torch.linalg.svdvals(rows[:, None] * w)[4:].norm())
+    plain = row_weighted_svd(w, torch.ones(12), 4, eps=0.0)
+    for ours, theirs in zip(plain, usable_svd(w, 4), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    rows[3] = 0
+    assert not row_weighted_svd(w, rows, 9)[0][3].any()
+    for bad in (rows[:5], -rows, rows * torch.inf):
+        with pytest.raises(UserError, match="12 finite weights of at least 0"):
+            row_weighted_svd(w, bad, 2)
 
 
 def test_bad_corners_get_one_sentence() -> None:

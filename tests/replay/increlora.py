@@ -102,7 +102,7 @@ def config(facts: dict[str, str], count: int) -> IncreLoraConfig:
 
 def step(i: int, golden: Golden, model: Any, views: list[View], optimizer: Any, lifecycle: Any) -> None:
     outputs = model([golden[f"s{i}.l{k}.x"] for k in range(len(views))])
-    loss = lifecycle.extra_loss()
+    loss = lifecycle.terms()
     for k, y in enumerate(outputs):
         close(f"s{i}.l{k}.y", y, golden[f"s{i}.l{k}.y"])
         loss = loss + (y * golden[f"s{i}.l{k}.g"]).sum()

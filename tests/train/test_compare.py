@@ -265,7 +265,7 @@ def test_everything_that_does_not_fit_is_said_at_once(bert: str, reviews: TaskDa
     base = spec(bert, tmp_path)
     with pytest.raises(UserError) as found:
         compare(
-            ["srlroa", "sora", "srlora", "pissa", "lora", "lora"],
+            ["srlroa", "m2mkd", "srlora", "pissa", "lora", "lora"],
             base,
             reviews,
             seeds=[],
@@ -281,7 +281,7 @@ def test_everything_that_does_not_fit_is_said_at_once(bert: str, reviews: TaskDa
     assert lines[0] == "9 things are wrong:"
     for words in (
         "there is no method 'srlroa': did you mean",
-        "sora is planned",
+        "m2mkd is planned",
         "srlora has no option 'gama': did you mean gamma",
         "lora is named twice",
         "the baseline 'peft-lora' is not among",
@@ -304,8 +304,8 @@ def test_an_earlier_comparison_is_replaced_only_by_one_that_can_run(
     (tmp_path / "results.json").write_text("{}")
     with pytest.raises(UserError, match="is not empty: choose another --out"):
         compare(["lora"], spec(bert, tmp_path), reviews, seeds=[0])
-    with pytest.raises(UserError, match="sora is planned"):
-        compare(["sora"], spec(bert, tmp_path), reviews, seeds=[0], overwrite=True)
+    with pytest.raises(UserError, match="m2mkd is planned"):
+        compare(["m2mkd"], spec(bert, tmp_path), reviews, seeds=[0], overwrite=True)
     assert (tmp_path / "results.json").read_text() == "{}"
     compare(["lora"], spec(bert, tmp_path, steps=1), reviews, seeds=[0], overwrite=True)
     assert json.loads((tmp_path / "results.json").read_text())["complete"]

@@ -39,7 +39,7 @@ class LoraGA(Lora):
     name = "lora-ga"
     kinds = ("linear", "conv1d", "conv2d")
 
-    def gather(self, cfg: LoraGAConfig) -> tuple[str, ...]:
+    def gather(self, cfg: LoraGAConfig) -> tuple[str, ...]:  # type: ignore[override]
         return ("gradient",) if cfg.init_weights else ()
 
     def shapes(self, cfg: LoraGAConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:  # type: ignore[override]

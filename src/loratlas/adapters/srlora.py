@@ -21,21 +21,22 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loratlas.engine import pairs
 from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
 from loratlas.engine.method import Factors, LowRankMethod, View
-from loratlas.engine.moments import age_correction, treat_moments
+from loratlas.engine.moments import age_correction, check_treatment, treat_moments
 from loratlas.engine.registry import adapter
-from loratlas.engine.sharded import is_sharded, whole
+from loratlas.engine.sharded import whole
 from loratlas.errors import UserError
 from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
 SCORES = ("IA", "QA", "IB", "QB")
+_INPLACE = ("fuse_mode='inplace'", "fuse_mode='difference'")  # the option and what works without it, for messages
 
 
 class Plan(NamedTuple):
@@ -123,21 +124,16 @@ class SRLora(LowRankMethod):
         return None
 
     def derive(self, t: View, weight: Callable[[], Tensor]) -> None:
-        if t.cfg.fuse_mode != "inplace":
-            return
-        base: Tensor = t.layer.weight
-        if t.layer.quantization_backend is not None or t.layer.base_layer is not t.layer.get_base_layer():
-            raise UserError(
-                "fuse_mode='inplace' needs a dense base layer, not a quantised or already adapted one: use "
-                "fuse_mode='difference'."
-            )
-        if base.device.type != "meta":
-            t.layer.store("folded")[t.adapter] = pairs.folded_weight(t, weight()).to(base.dtype)
+        if t.cfg.fuse_mode == "inplace":
+            pairs.fold(t, weight, *_INPLACE)
 
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
         return pairs.with_history(t)
+
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
+        return t.A, t.B
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         folded = t.folded
@@ -167,18 +163,9 @@ class SRLora(LowRankMethod):
                 "SRLoRA spreads its events over the whole run: pass attach(..., total_steps=N), or set "
                 "SRLoraConfig(total_step=N)."
             )
-        for t in views:
-            if t.cfg.fuse_mode == "inplace" and is_sharded(t.layer.weight):
-                raise UserError(
-                    "fuse_mode='inplace' needs a dense working copy of every weight, but under FSDP2 a rank holds only "
-                    "a part of it: use fuse_mode='difference'."
-                )
-        group = ctx.group(views[0].A)
-        if cfg.optimizer_reset == "corrected" and "betas" not in group:
-            raise UserError(
-                "optimizer_reset='corrected' is exact for Adam and AdamW only, not for "
-                f"{type(ctx.optimizer).__name__}: choose 'keep', 'zero' or 'mean_v'."
-            )
+        for t in views if cfg.fuse_mode == "inplace" else ():
+            pairs.refuse_sharded_base(t, *_INPLACE)
+        check_treatment(ctx, views[0].A, cfg.optimizer_reset)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         cfg = views[0].cfg

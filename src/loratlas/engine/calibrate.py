@@ -29,6 +29,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from loratlas.engine.method import RELATIVE_FISHER
 from loratlas.engine.model import AtlasModel, targeted
 from loratlas.engine.ops import Op, kind_of, op_for
 from loratlas.errors import UserError
@@ -100,7 +101,7 @@ def calibrate(
             done += 1
     if steps is not None and 0 < done < steps:
         warnings.warn(f"calibrate: the data ended after {done} of {steps} batches; these were used.", stacklevel=2)
-    total = int(_over_ranks(torch.tensor(float(done)), targets[0].module.weight.device))
+    total = int(over_ranks(torch.tensor(float(done)), targets[0].module.weight.device))
     if total == 0:
         raise UserError("calibrate got no batch: give it data, or a fresh iterator if this one has been used up.")
     config.calibration = {target.path: target.means(total) for target in targets}
@@ -166,8 +167,8 @@ class _Target:
         for name in self.gather:
             shape = (n_in, n_in) if name == "activation" else (n_out, n_in)
             nothing = torch.zeros(shape, dtype=_wide(self._weight))
-            total = _over_ranks(self.sums.pop(name, nothing), device)
-            count = _over_ranks(torch.tensor(float(self.tokens)), device).clamp_min(1.0)
+            total = over_ranks(self.sums.pop(name, nothing), device)
+            count = over_ranks(torch.tensor(float(self.tokens)), device).clamp_min(1.0)
             found[name] = total.div_(count if name == "activation" else steps)
             if not torch.isfinite(found[name]).all():
                 raise UserError(
@@ -179,6 +180,11 @@ class _Target:
 
 def _check(config: Any, gather: Sequence[str], source: Any, steps: int | None) -> None:
     unknown = sorted(set(gather) - set(KINDS))
+    if RELATIVE_FISHER in unknown:
+        raise UserError(
+            f"{type(config).__name__}: this start compares two data sets: call loratlas.relative_fisher(model, config, "
+            "forget, retain) instead of calibrate."
+        )
     if unknown:
         raise UserError(f"calibrate cannot gather {unknown[0]!r}; choose from {', '.join(KINDS)}.")
     if not gather:
@@ -274,7 +280,7 @@ def _wide(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _over_ranks(value: Tensor, device: torch.device) -> Tensor:
+def over_ranks(value: Tensor, device: torch.device) -> Tensor:
     """The sum over ranks, on the CPU; `device` is where the ranks can talk."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return value

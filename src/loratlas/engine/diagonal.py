@@ -12,7 +12,6 @@ then a hash of W and a projection of every component L[:, i] R[i] are saved in t
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
@@ -20,6 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from loratlas.engine.binding import fingerprint
 from loratlas.engine.config import AtlasConfig, knob
 from loratlas.engine.method import Factors, LowRankMethod, View
 from loratlas.errors import UserError
@@ -82,8 +82,8 @@ class DiagonalMethod(LowRankMethod):
         t.probe.copy_(probe(left, right))
 
     def derive(self, t: View, weight: Callable[[], Tensor]) -> None:
-        # without a source the file is still to be read
-        if t.cfg.save_bases or not t.source.any():
+        # on meta nothing is known; without a source the file is still to be read
+        if t.cfg.save_bases or t.source.is_meta or not t.source.any():
             return
         matrix = weight()
         if not torch.equal(fingerprint(matrix).to(t.source.device), t.source):
@@ -101,12 +101,6 @@ class DiagonalMethod(LowRankMethod):
                 )
             t.layer.store("left")[t.adapter] = left
             t.layer.store("right")[t.adapter] = right
-
-
-def fingerprint(weight: Tensor) -> Tensor:
-    """SHA-256 of a matrix's values in row order, as (4,) int64."""
-    rows = weight.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return torch.frombuffer(bytearray(hashlib.sha256(rows.data).digest()), dtype=torch.int64)
 
 
 def probe(left: Tensor, right: Tensor) -> Tensor:

@@ -62,6 +62,9 @@ def same_start(model: nn.Module) -> None:
     found = [(path, layer, adapter) for path, layer in atlas_layers(model) for adapter in layer.adapters()]
     if not several_ranks() or not found:
         return
+    shared = {id(t): t for _, layer, _ in found for name in layer.method.shared for t in layer.store(name).values()}
+    for tensor in shared.values():
+        tensor.copy_(from_rank0(tensor.to(_place(found[0][1]))))
     alike = [_take_from_rank0(layer, adapter) for _, layer, adapter in found]
     first = torch.tensor(alike.index(False) if False in alike else len(alike), device=_place(found[0][1]))
     dist.all_reduce(first, op=dist.ReduceOp.MIN)  # all ranks go on, or all stop

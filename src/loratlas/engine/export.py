@@ -121,17 +121,19 @@ def export_lora(
     largest = max(1, *(form.rank for form in forms.values()))
     widths = {path: max(1, form.rank) if ranks == "each" else padded_rank(largest) for path, form in forms.items()}
     width = max(widths.values())
+    biased = any(form.bias is not None for form in forms.values())
     tensors = {
         f"{PREFIX}{path}.{name}": _for_file(tensor)
         for path, form in forms.items()
-        for name, tensor in form.tensors(path, widths[path]).items()
+        for name, tensor in form.tensors(path, widths[path], biased=biased).items()
     }
     inside = {} if beside else others
     names = _saved_modules(model, adapter_name)
     verification = None
     with whole_directory(directory) as folder:
         _save(tensors | inside, folder / SAFETENSORS_WEIGHTS_NAME)
-        _lora_config(model, adapter_name, forms, widths, headless=beside).save_pretrained(str(folder))
+        config = _lora_config(model, adapter_name, forms, widths, headless=beside, biased=biased)
+        config.save_pretrained(str(folder))
         if component is not None:
             renamed = {f"{component}.{name.removeprefix(PREFIX)}": tensor for name, tensor in tensors.items()}
             _save(renamed, folder / DIFFUSERS_WEIGHTS_NAME)
@@ -153,7 +155,7 @@ def export_lora(
         dtype=str(dtype).removeprefix("torch."),
         heads=names if beside else (),
         verification=verification,
-        remarks=_remarks(0 if ranks == "each" else width, names if inside else ()),
+        remarks=_remarks(0 if ranks == "each" else width, names if inside else (), biased=biased),
     )
 
 
@@ -170,6 +172,8 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             f"{quantised[0]} is quantised, and merging into quantised weights loses accuracy: load the base model in "
             "full precision (bfloat16 or float32), load the adapter on it, and export that."
         )
+    if hasattr(model.base_model.model, "save_pretrained"):  # type: ignore[union-attr]
+        _refuse_new_biases(layers, adapter_name)
     twin: Any = copy.deepcopy(model)
     twin.set_adapter(adapter_name)  # takes out what is merged, and brings the adapter's own modules_to_save
     merged: Any = twin.merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
@@ -180,6 +184,16 @@ def export_merged(model: nn.Module, directory: str | os.PathLike[str], adapter_n
             tensors = {name: _for_file(tensor) for name, tensor in merged.state_dict().items()}
             _save(tensors, Path(folder) / "model.safetensors")
     return ExportReport(str(directory), "merged", len(merged.state_dict()))
+
+
+def _refuse_new_biases(layers: Mapping[str, AtlasLayer], adapter: str) -> None:
+    """A transformers model is built anew by its configuration, and would drop a bias that this does not know of."""
+    for path, layer in layers.items():
+        if layer.bias_delta([adapter]) is not None and layer.base_bias() is None:
+            raise UserError(
+                f"{path} has no bias, but the adapter adds one, which the saved model would lose on loading: train the "
+                "adapter without biases of its own, or use merge_and_unload() and keep the model in memory."
+            )
 
 
 def _check_options(
@@ -242,7 +256,13 @@ def _save_head(tensors: Mapping[str, Tensor], modules: tuple[str, ...], folder: 
 
 
 def _lora_config(
-    model: Any, adapter: str, forms: Mapping[str, LoraForm], widths: Mapping[str, int], *, headless: bool
+    model: Any,
+    adapter: str,
+    forms: Mapping[str, LoraForm],
+    widths: Mapping[str, int],
+    *,
+    headless: bool,
+    biased: bool,
 ) -> LoraConfig:
     ours: Any = model.peft_config[adapter]
     targets, rank = sorted(forms), max(widths.values())
@@ -260,6 +280,7 @@ def _lora_config(
         target_modules=targets,
         exclude_modules=others or None,
         modules_to_save=saved,
+        lora_bias=biased,
         bias="lora_only" if ours.bias == "atlas_only" else ours.bias,
         fan_in_fan_out=all(form.layer.op.kind == "conv1d" for form in forms.values()),
         task_type=None if headless and ours.task_type in _TASKS_WITH_HEAD else ours.task_type,
@@ -269,7 +290,7 @@ def _lora_config(
     )
 
 
-def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
+def _remarks(width: int, inside: tuple[str, ...], *, biased: bool) -> tuple[str, ...]:
     said = []
     if width == 0:
         said.append("Every module has a rank of its own (rank_pattern): stock PEFT loads that, servers do not.")
@@ -281,6 +302,8 @@ def _remarks(width: int, inside: tuple[str, ...]) -> tuple[str, ...]:
         said.append(
             f"The file holds {', '.join(inside)} as well: stock PEFT loads that, servers do not (--heads beside)."
         )
+    if biased:
+        said.append("The file holds biases (lora_bias): stock PEFT adds them, servers refuse them.")
     return tuple(said)
 
 

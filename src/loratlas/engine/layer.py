@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +17,8 @@ from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.making import Making
 from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.ops import Op, op_for
+from loratlas.engine.shared import Shared
+from loratlas.engine.transform import transformed
 from loratlas.errors import UserError
 
 BASE = "__base__"  # PEFT's name for "no adapter" in mixed batches
@@ -54,6 +57,8 @@ class AtlasLayer(nn.Module, Making):
             setattr(self, self.prefix + name, BufferDict(persistent=True))
         for name in self.method.derived:
             setattr(self, self.prefix + name, BufferDict(persistent=False))
+        for name in self.method.shared:
+            setattr(self, self.prefix + name, Shared())  # the model puts the one of all layers in its place
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -68,7 +73,7 @@ class AtlasLayer(nn.Module, Making):
 
     @property
     def other_param_names(self) -> tuple[str, ...]:  # type: ignore[override]
-        tensors = tuple(self.prefix + name for name in self.buffer_names() + self.method.derived)
+        tensors = tuple(self.prefix + name for name in self.buffer_names() + self.method.derived + self.method.shared)
         return (*tensors, "atlas_config", "atlas_r", "atlas_alpha", "atlas_scaling", "frozen_peft_weight_names")
 
     def store(self, name: str) -> Any:
@@ -107,27 +112,29 @@ class AtlasLayer(nn.Module, Making):
     def _adapted_forward(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base = self.base_layer
         if not self.method.additive:
-            weight = self.base_matrix()
-            for name in names:
-                weight = self.method.merged(self.view(name), weight)
-            return self.op.full(base, x, weight.to(self.weight.dtype))
-        if len(names) == 1 and isinstance(self.method, LowRankMethod) and not (args or kwargs):
-            view = self.view(names[0])
-            result = self._fused_forward(x, view, self.method)
+            return transformed(self, x, [self.view(name) for name in names])
+        if len(names) == 1 and not (args or kwargs):
+            result = self._fused_forward(x, self.view(names[0]))
             if result is not None:
                 return result
-        y = base(x, *args, **kwargs)
+        untouched = base(x, *args, **kwargs)
         if self.quantization_backend is not None:
-            y = self.quantization_backend.maybe_clone_base_result(y)
+            untouched = self.quantization_backend.maybe_clone_base_result(untouched)
+        y = untouched
         for name in names:
             view = self.view(name)
-            y = y + self.method.delta(view, self._dropped(x, view.cfg)).to(y.dtype)
+            y = y + self.method.branch(view, x, untouched, partial(self._dropped, config=view.cfg)).to(y.dtype)
         return y
 
-    def _fused_forward(self, x: Tensor, view: View, method: LowRankMethod) -> Tensor | None:
-        """The output by the fused op or over the method's dense working weight; None where neither applies."""
+    def _fused_forward(self, x: Tensor, view: View) -> Tensor | None:
+        """The output by the fused op, over a dense working weight or by the method's `whole`; None if none applies."""
         base: Any = self.base_layer
+        method = self.method
         dropout = view.cfg.lora_dropout if self.training else 0.0
+        if not isinstance(method, LowRankMethod):
+            if not (method.overrides("whole") and can_fuse(base)):
+                return None
+            return method.whole(view, x, self.op.canonical(base.weight), base.bias, dropout)
         working = method.working(view)
         if can_fuse(base):
             weight, factors = working or (self.op.canonical(base.weight), method.factors(view))
@@ -158,7 +165,9 @@ class AtlasLayer(nn.Module, Making):
         for name in sorted(set(adapter_names) & set(self.atlas_config)):
             rows = [i for i, wanted in enumerate(adapter_names) if wanted == name]
             if self.method.additive:
-                y[rows] += self.method.delta(self.view(name), x[rows]).to(y.dtype)
+                view = self.view(name)
+                branch = self.method.branch(view, x[rows], y[rows], partial(self._dropped, config=view.cfg))
+                y[rows] += branch.to(y.dtype)
             else:
                 y[rows] = self._adapted_forward(x[rows], [name], *args, **kwargs)
         return y
@@ -174,7 +183,9 @@ class AtlasLayer(nn.Module, Making):
         return self.op.stored(delta, self.get_base_weight())
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.method.additive and self.op.kind in ("linear", "conv1d")
+        # PEFT converts the weight's update alone
+        plain = self.method.additive and self.bias_delta([adapter_name]) is None
+        return plain and self.op.kind in ("linear", "conv1d")
 
     # --------------------------------------------------------------------------------------------------- scaling
 
@@ -206,12 +217,9 @@ class AtlasLayer(nn.Module, Making):
 
 
 def joined_factors(view: View) -> tuple[Tensor, Tensor] | None:
-    """(down, up) of a low-rank adapter as it is exported, scaling folded in, no gradients; None for other methods."""
-    method = view.layer.method
-    if not isinstance(method, LowRankMethod):
-        return None
+    """(down, up) of a low-rank adapter as it is exported, scaling folded in; None for other methods."""
     with torch.no_grad():
-        return method.exported(view).joined()
+        return view.layer.method.lora_factors(view)
 
 
 def _grow_before_load(layer: AtlasLayer, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -11,6 +11,7 @@ see `sharded`.
 
 from __future__ import annotations
 
+import logging
 import weakref
 from typing import Any, NamedTuple
 
@@ -23,7 +24,10 @@ from loratlas.engine.distributed import fsdp_modules, refuse_flat_parameters, sa
 from loratlas.engine.method import Method, View
 from loratlas.engine.model import atlas_layers
 from loratlas.engine.sharded import from_rank0, is_sharded, local, positions
+from loratlas.engine.undecayed import Undecayed
 from loratlas.errors import UserError
+
+log = logging.getLogger(__name__)
 
 # weak on both sides: the hooks keep a lifecycle as long as its optimizer lives, and nothing keeps the two
 _ATTACHED: weakref.WeakKeyDictionary[Optimizer, weakref.ref[Lifecycle]] = weakref.WeakKeyDictionary()
@@ -37,6 +41,7 @@ class StepContext:
         total_steps: planned number of steps, 0 if unknown. A resumed run keeps the number first planned.
         optimizer: the torch optimizer.
         scratch: a dictionary for what `before_step` leaves for `after_step`.
+        memo: a dictionary for what `begin` reads off tensors, so that steps need not wait for the device to know it.
     """
 
     def __init__(self, optimizer: Optimizer, step: int, total_steps: int) -> None:
@@ -44,6 +49,7 @@ class StepContext:
         self.step = step
         self.total_steps = total_steps
         self.scratch: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def generator(self, seed: int) -> torch.Generator:
@@ -80,7 +86,9 @@ class Group(NamedTuple):
 class Lifecycle:
     """The hooks on one optimizer; made by `attach`. `remove()` takes them off again."""
 
-    def __init__(self, model: nn.Module, optimizer: Optimizer, total_steps: int | None, restart: bool) -> None:
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer, total_steps: int | None, restart: bool, scheduler: Any
+    ) -> None:
         self.optimizer = optimizer
         self.groups: list[Group] = []
         self._fsdp = fsdp_modules(model)
@@ -99,9 +107,14 @@ class Lifecycle:
                 view.total_steps.fill_(total)
             with torch.no_grad():
                 method.begin(views, context)
+            if scheduler is not None:
+                method.pace(views, context, scheduler)
             self.groups.append(Group(method, views, context))
+        spared = (getattr(t, name) for method, views, _ in self.groups for t in views for name in method.undecayed)
+        self._undecayed = Undecayed(optimizer, spared)
         losses = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
         _refuse_shards(losses)
+        self._terms_due = bool(losses)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -119,15 +132,23 @@ class Lifecycle:
         if self._skipped:
             return
         self._reshard()
+        if self._terms_due:
+            self._terms_due = False
+            log.warning(
+                "%s adds a term to the loss, but this loop computes a loss of its own: add attach(...).terms() to it.",
+                next(method.name for method, views, _ in self.groups if method.adds_loss(views[0].cfg)),
+            )
         for method, views, context in self.groups:
             context.step += 1
             context.scratch.clear()
             method.before_step(views, context)
+        self._undecayed.enter()
 
     @torch.no_grad()
     def _after(self, *_: Any) -> None:
         if self._skipped:
             return
+        self._undecayed.leave()
         for method, views, context in self.groups:
             method.after_step(views, context)
             torch._foreach_add_([view.step for view in views], 1)
@@ -141,14 +162,12 @@ class Lifecycle:
         """The model's output with the methods' terms added to its loss, if it has one."""
         loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
-            output["loss"] = loss + self.extra_loss()
+            output["loss"] = loss + self.terms()
         return output
 
-    def extra_loss(self) -> Tensor | float:
-        """The methods' terms of the loss, for loops that compute their loss outside the model; 0.0 if there are none.
-
-        Where the model's output carries a loss, they are part of it already.
-        """
+    def terms(self) -> Tensor | float:
+        """The sum of what methods add to the loss; only for loops that do not take the loss from the model's output."""
+        self._terms_due = False
         active = [group for group in self.groups if group.method.adds_loss(group.views[0].cfg)]
         return sum((group.method.extra_loss(group.views) for group in active), 0.0)
 
@@ -175,7 +194,12 @@ class _LossHook:
 
 
 def attach(
-    model: nn.Module, optimizer: Optimizer, total_steps: int | None = None, *, restart: bool = False
+    model: nn.Module,
+    optimizer: Optimizer,
+    total_steps: int | None = None,
+    *,
+    restart: bool = False,
+    scheduler: Any = None,
 ) -> Lifecycle:
     """Let the adapters of `model` act at every step of `optimizer`. Call it once, before the first step.
 
@@ -188,6 +212,7 @@ def attach(
         optimizer: a torch optimizer that holds the adapter's parameters; accelerate's wrapper is unwrapped.
         total_steps: number of optimizer steps of the whole run; methods with a schedule need it.
         restart: start the plan of a trained adapter anew, for a further stage of training.
+        scheduler: of the learning rate, made for `total_steps`; methods that train in phases may restart it in each.
 
     Raises:
         UserError: not a torch optimizer, adapters missing from it, or a run that the method cannot work with; in a
@@ -197,7 +222,7 @@ def attach(
     attached = _ATTACHED.get(inner)
     lifecycle = attached() if attached is not None else None
     if lifecycle is None:
-        lifecycle = Lifecycle(model, inner, total_steps, restart)
+        lifecycle = Lifecycle(model, inner, total_steps, restart, scheduler)
         _ATTACHED[inner] = weakref.ref(lifecycle)
     return lifecycle
 
@@ -219,8 +244,8 @@ class LifecycleCallback(TrainerCallback):
         self.lifecycle: Lifecycle | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        total = state.max_steps
-        self.lifecycle = attach(kwargs["model"], kwargs["optimizer"], total_steps=total, restart=self.restart)
+        plan = {"total_steps": state.max_steps, "restart": self.restart, "scheduler": kwargs.get("lr_scheduler")}
+        self.lifecycle = attach(kwargs["model"], kwargs["optimizer"], **plan)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.lifecycle is not None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loratlas.engine.binding import BASE_HASH
 from loratlas.engine.making import Making
 from loratlas.errors import UserError
 
@@ -33,6 +34,10 @@ def place(
     for path, layer in layers:
         keys = {n: f"{path}.{layer.prefix}{n}.{adapter_name}" for n in (*layer.method.params, *layer.buffer_names())}
         found = {name: mapped.get(key, mapped.get(_PREFIX + key)) for name, key in keys.items()}
+        try:
+            layer.check_base(adapter_name, found.get(BASE_HASH))
+        except UserError as error:
+            raise UserError(f"module {path.removeprefix(_PREFIX)}: {error}") from None
         layer.fit(adapter_name, {name: value for name, value in found.items() if value is not None})
         for name, key in keys.items():
             store, value = layer.store(name), found[name]

@@ -21,6 +21,7 @@ class LoraForm:
     """delta ~ up @ down, with up (out, k) and down (k, in) in the dtype of the file, scaling folded in.
 
     Attributes:
+        bias: what the adapter adds to the layer's bias, (out,); None: nothing.
         exact_rank: the rank that cuts nothing.
         size: ||delta||_F. gap: ||delta - up @ down||_F, 0 where nothing but numerical zeros
             was cut and nothing rounded.
@@ -32,18 +33,22 @@ class LoraForm:
     exact_rank: int
     size: float
     gap: float
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
         return self.down.shape[0]
 
-    def tensors(self, path: str, rank: int) -> dict[str, Tensor]:
-        """The factors, padded to `rank`, under the names and in the shapes of PEFT's LoRA."""
+    def tensors(self, path: str, rank: int, *, biased: bool = False) -> dict[str, Tensor]:
+        """The factors, padded to `rank`, under the names and in the shapes of PEFT's LoRA; biased: with lora_bias."""
         up, down = pad(self.up, self.down, rank)
         try:
-            return self.layer.op.lora_tensors(down, up)
+            factors = self.layer.op.lora_tensors(down, up)
         except UserError as error:
             raise UserError(f"module {path}: {error}") from None
+        if not biased:
+            return factors
+        return {**factors, "lora_B.bias": up.new_zeros(len(up)) if self.bias is None else self.bias}
 
 
 def lora_form(path: str, layer: AtlasLayer, adapter: str, rank: int | None, dtype: torch.dtype) -> LoraForm:
@@ -53,7 +58,9 @@ def lora_form(path: str, layer: AtlasLayer, adapter: str, rank: int | None, dtyp
         UserError: the method has no LoRA form, or numbers that are not finite, in the adapter or in `dtype`.
     """
     down, up = _factors(path, layer, adapter)
-    if not _finite(down, up):
+    bias = layer.bias_delta([adapter])
+    biases = [] if bias is None else [bias]
+    if not _finite(down, up, *biases):
         raise UserError(f"module {path}: the adapter holds NaN or infinite numbers; check the training it comes from.")
     exact = min(down.shape[0], *layer.op.shape)
     limit = exact if rank is None else min(exact, rank)
@@ -62,11 +69,12 @@ def lora_form(path: str, layer: AtlasLayer, adapter: str, rank: int | None, dtyp
         packed = compress(up, down, rank=limit)
         kept_down, kept_up, lost = packed.down, packed.up, packed.error
     file_down, file_up = kept_down.to(dtype), kept_up.to(dtype)
-    if not _finite(file_down, file_up):
+    if not _finite(file_down, file_up, *(each.to(dtype) for each in biases)):
         raise UserError(f"module {path}: numbers of the update are beyond {dtype}; export it in torch.bfloat16.")
     rounded = not (_same(file_down, kept_down) and _same(file_up, kept_up))
     gap = norm(concatenate([(up, down), (-file_up.to(up.dtype), file_down.to(down.dtype))])) if lost or rounded else 0.0
-    return LoraForm(layer, file_down, file_up, exact, norm((up, down)), gap)
+    file_bias = None if bias is None else bias.to(dtype)
+    return LoraForm(layer, file_down, file_up, exact, norm((up, down)), gap, file_bias)
 
 
 def total_error(forms: Iterable[LoraForm]) -> float:

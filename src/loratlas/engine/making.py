@@ -7,8 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from loratlas.engine.binding import ANOTHER_BASE, BASE_HASH, fingerprint
 from loratlas.engine.config import AtlasConfig
 from loratlas.engine.merging import Merging
+from loratlas.engine.method import RELATIVE_FISHER
 from loratlas.errors import UserError
 
 CLOCK = ("step", "total_steps")  # int64 scalars kept with every adapter whose method acts while training
@@ -28,7 +30,8 @@ class Making(Merging):
 
     @classmethod
     def buffer_names(cls) -> tuple[str, ...]:
-        return cls.method.buffers + (CLOCK if cls.method.has_lifecycle() else ())
+        bound = (BASE_HASH,) if cls.method.overrides("bound") else ()
+        return cls.method.buffers + bound + (CLOCK if cls.method.has_lifecycle() else ())
 
     def store(self, name: str) -> Any:
         """The dictionary {adapter: tensor} of one of the method's tensors."""
@@ -55,6 +58,8 @@ class Making(Merging):
                     self.allocate(adapter, config, usable, alpha)
                     self.method.init(self.view(adapter), self.base_matrix)
             self.statistics = {}
+            if self.method.bound(config):
+                self.store(BASE_HASH)[adapter].copy_(fingerprint(self.base_matrix()))
             self.derive(adapter)
         return self.atlas_r[adapter]
 
@@ -64,9 +69,11 @@ class Making(Merging):
         found = {}
         for name in self.method.gather(config):
             if name not in given:
+                relative = name == RELATIVE_FISHER
+                call = f"{name}(model, config, forget, retain)" if relative else "calibrate(model, config, batches)"
                 raise UserError(
                     f"{self.method.name} starts from the {name} of this layer on your data: call "
-                    "loratlas.calibrate(model, config, batches) before get_peft_model."
+                    f"loratlas.{call} before get_peft_model."
                 )
             expected = (n_in, n_in) if name == "activation" else (n_out, n_in)
             if given[name].shape != expected:
@@ -92,6 +99,8 @@ class Making(Merging):
             self.store(name)[adapter] = nn.Parameter(zeros, requires_grad=name not in frozen) if trains else zeros
         # PEFT switches these off again after every set_adapter
         self.frozen_peft_weight_names[adapter] = tuple(self.prefix + name for name in frozen)
+        if self.method.bound(config):
+            self.store(BASE_HASH)[adapter] = torch.zeros(4, dtype=torch.int64, device=device)
         if self.method.has_lifecycle():
             for name in CLOCK:
                 self.store(name)[adapter] = torch.zeros((), dtype=torch.int64, device=device)
@@ -107,6 +116,13 @@ class Making(Merging):
         for name, flag in flags.items():
             self.store(name)[adapter].requires_grad_(flag)
 
+    def check_base(self, adapter: str, saved: Tensor | None) -> None:
+        """Raise `UserError` if the hash in an adapter's file, `saved`, is not that of this layer's weight."""
+        if saved is None or not getattr(self.atlas_config[adapter], "check_base", True) or _on_meta(self.base_layer):
+            return
+        if not torch.equal(fingerprint(self.base_matrix()), saved.cpu()):
+            raise UserError(ANOTHER_BASE)
+
     def _adapter_place(self) -> tuple[torch.device | None, torch.dtype]:
         """Device of the base weight, and fp32, or fp64 for fp64 bases."""
         device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
@@ -121,6 +137,11 @@ class Making(Merging):
             if adapter_name in store and place is not None and store[adapter_name].device.type != "meta":
                 moved = store[adapter_name].to(place)
                 store[adapter_name] = nn.Parameter(moved, moved.requires_grad) if name in self.method.params else moved
+        for name in self.method.shared:
+            # where layers lie on several devices of a kind, the tensor stays on one of them
+            store = self.store(name)
+            if adapter_name in store and place is not None and store[adapter_name].device.type != place.type:
+                store[adapter_name] = store[adapter_name].to(place)
         self.keep_on_host()
 
     def keep_on_host(self) -> None:

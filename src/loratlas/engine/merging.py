@@ -71,7 +71,8 @@ class Merging(BaseTunerLayer):
         with torch.no_grad():
             for name in names:
                 weight = self.method.merged(self.view(name), weight)
-        if check_finite and not torch.isfinite(weight).all():
+        shift = self.bias_delta(names)
+        if check_finite and not all(torch.isfinite(t).all() for t in (weight, shift) if t is not None):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
         value = self.op.stored(weight, stored).to(stored.dtype).contiguous()
         if self.quantization_backend is not None:
@@ -79,6 +80,24 @@ class Merging(BaseTunerLayer):
         else:
             # a new Parameter: a weight that is tied to another layer stays what it is there
             self.get_base_layer().weight = nn.Parameter(value, requires_grad=False)
+        if shift is not None:
+            base: Any = self.get_base_layer()
+            dtype = value.dtype if base.bias is None else base.bias.dtype
+            base.bias = nn.Parameter((shift if base.bias is None else base.bias + shift).to(dtype), requires_grad=False)
+
+    def bias_delta(self, names: list[str]) -> Tensor | None:
+        """What merging `names` adds to the layer's own bias, (out,) without gradients; None: nothing."""
+        if not self.method.overrides("bias_delta"):
+            return None
+        with torch.no_grad():
+            found = [self.method.bias_delta(self.view(name)) for name in names]
+        deltas = [delta for delta in found if delta is not None]
+        return torch.stack(deltas).sum(0) if deltas else None
+
+    def base_bias(self) -> Tensor | None:
+        """The bias of the base layer, (out,), as it is without adapters; None if it has none."""
+        base: Any = self.get_base_layer()
+        return base.bias if self._untouched is None else self._untouched["bias"]
 
     def unmerge(self) -> None:
         """Put the untouched W back."""
@@ -94,12 +113,15 @@ class Merging(BaseTunerLayer):
     def _base_state(self) -> dict[str, Any]:
         base = self.get_base_layer()
         state = getattr(base, "state", None)  # bitsandbytes keeps quantised values outside the weight
-        return {"base": base, "weight": base.weight, "state": copy.copy(vars(state)) if state else None}
+        kept = {"base": base, "weight": base.weight, "state": copy.copy(vars(state)) if state else None}
+        return kept | ({"bias": base.bias} if self.method.overrides("bias_delta") else {})
 
     def _move_untouched(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Let the weight that unmerging brings back follow the model to another device or dtype."""
         if self._untouched is not None and self.quantization_backend is None:
-            self._untouched["weight"].data = fn(self._untouched["weight"].data)
+            for tensor in (self._untouched["weight"], self._untouched.get("bias")):
+                if tensor is not None:
+                    tensor.data = fn(tensor.data)
 
     def _put(self, kept: dict[str, Any]) -> None:
         holder: Any = self
@@ -107,5 +129,7 @@ class Merging(BaseTunerLayer):
             holder = holder.base_layer
         holder.base_layer = kept["base"]  # some quantisers replace the whole layer on merging
         kept["base"].weight = kept["weight"]
+        if "bias" in kept:
+            kept["base"].bias = kept["bias"]
         if kept["state"] is not None:
             vars(kept["base"].state).update(kept["state"])

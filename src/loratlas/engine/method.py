@@ -21,12 +21,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from loratlas.engine.layer import AtlasLayer
     from loratlas.engine.lifecycle import StepContext
     from loratlas.engine.ops import Op
+
+RELATIVE_FISHER = (
+    "relative_fisher"  # the statistic of two data sets; `relative_fisher` gathers it, `calibrate` the rest
+)
 
 
 class View:
@@ -138,8 +142,10 @@ class Method:
         buffers: frozen tensors that travel with the adapter.
         growing: the buffers that may change shape while training.
         derived: tensors computed from the others by `derive`; never saved.
+        shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
+        undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
-        additive: False for W' = f(W); then `merged` replaces `delta_weight`.
+        additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
 
     name: ClassVar[str]
@@ -148,6 +154,8 @@ class Method:
     buffers: ClassVar[tuple[str, ...]] = ()
     growing: ClassVar[tuple[str, ...]] = ()
     derived: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+    undecayed: ClassVar[tuple[str, ...]] = ()
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -187,6 +195,18 @@ class Method:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
 
+    def make_shared(self, cfg: Any, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
+        """{name: tensor} of everything in `shared`, fp32 on the CPU, made once before the layers are.
+
+        sizes: (r, in, out) of every layer that the adapter gets, in the order of the model. The result may depend on
+        nothing but the arguments: other processes make it again.
+        """
+        raise NotImplementedError
+
+    def drawn_again(self, cfg: Any) -> tuple[str, ...]:
+        """Names in `shared` that an adapter's file leaves out; a fingerprint of each is saved and checked instead."""
+        return ()
+
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
         """Give the tensors (all zeros) their start. `weight()` is the base weight, (out, in), fp32 or fp64.
 
@@ -202,13 +222,46 @@ class Method:
         """Output of the adapter branch for layer input x; the dtype is that of x."""
         raise NotImplementedError
 
+    def branch(self, t: View, x: Tensor, y: Tensor, dropped: Callable[[Tensor], Tensor]) -> Tensor:
+        """What the adapter adds to the frozen layer's output y; only methods that read y or drop elsewhere override it.
+
+        dropped: the config's dropout while training, else the identity.
+        """
+        return self.delta(t, dropped(x))
+
+    def output(self, t: View, base: Callable[[Tensor], Tensor], x: Tensor) -> Tensor | None:
+        """For W' = f(W): the layer's output by calls of `base` alone, the layer without this adapter.
+
+        None where that is not possible; then W' is built and applied (see `transform`).
+        """
+        return None
+
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+        """Optional: x W^T + b and the branch together, for a plain dense layer with the (out, in) weight W.
+
+        For updates of full rank, which need more than thin products; those of thin factors have the fused op.
+        """
+        raise NotImplementedError
+
     def delta_weight(self, t: View) -> Tensor:
         """The readable formula: the update as one (out, in) matrix. Merging, exports and tests use it."""
         raise NotImplementedError
 
+    def bias_delta(self, t: View) -> Tensor | None:
+        """What the adapter adds to the layer's bias, (out,); None: nothing. The layer may have no bias of its own."""
+        return None
+
     def merged(self, t: View, weight: Tensor) -> Tensor:
         """W' for the (out, in) weight W in fp32 or fp64."""
         return weight + self.delta_weight(t).to(weight.dtype)
+
+    def bound(self, cfg: Any) -> bool:
+        """Whether the update is a function of W, so that the adapter belongs to the base it was trained on."""
+        return False
+
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor] | None:
+        """(down, up) with delta_weight = up @ down, if the method has such factors; exports are exact with them."""
+        return None
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Largest rank that an exact plain LoRA of this layer can need after `total_steps` optimizer steps.
@@ -224,6 +277,9 @@ class Method:
 
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs when training starts or goes on, before the first forward; ctx.step is the last step done, or 0."""
+
+    def pace(self, views: Sequence[View], ctx: StepContext, scheduler: Any) -> None:
+        """Runs when training starts, where the scheduler of the learning rate is known (see `phases`)."""
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
         """Runs before the optimizer's step; the gradients are those the optimizer is about to use."""
@@ -249,7 +305,8 @@ class Method:
     @classmethod
     def has_lifecycle(cls) -> bool:
         """Whether `lifecycle.attach` has anything to do for this method."""
-        return any(cls.overrides(hook) for hook in ("begin", "before_step", "after_step", "extra_loss"))
+        hooks = ("begin", "before_step", "after_step", "extra_loss")
+        return bool(cls.undecayed) or any(cls.overrides(hook) for hook in hooks)
 
 
 class LowRankMethod(Method):
@@ -264,8 +321,15 @@ class LowRankMethod(Method):
         raise NotImplementedError
 
     def exported(self, t: View) -> Factors:
-        """The update that an export ships; a method whose pairs can be out of use leaves those out."""
+        """What an export ships: `factors`, less what adds nothing. Here values may be looked at; no gradients."""
         return self.factors(t)
+
+    def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter] | None:
+        """(A (r, in), B (out, r)) where the update is s B A + what does not train, s = t.scaling; else None.
+
+        Optimizers that work on low-rank pairs ask for it (see `pair_registry`).
+        """
+        return None
 
     def working(self, t: View) -> tuple[Tensor, Factors] | None:
         """A dense working weight (out, in) and the factors on top of it, if the method keeps one; else None.
@@ -277,6 +341,9 @@ class LowRankMethod(Method):
     def export_rank(self, t: View, total_steps: int) -> int | None:
         with torch.no_grad():
             return min(self.factors(t).joined()[0].shape[0], *t.op.shape)
+
+    def lora_factors(self, t: View) -> tuple[Tensor, Tensor]:
+        return self.exported(t).joined()
 
     def delta(self, t: View, x: Tensor) -> Tensor:
         return low_rank_branch(t.op, x, self.factors(t))

@@ -30,6 +30,7 @@ from loratlas.engine.loading import place
 from loratlas.engine.method import Method
 from loratlas.engine.ops import kind_of
 from loratlas.engine.sharded import is_sharded
+from loratlas.engine.shared import Shared, containers, for_file, from_file
 from loratlas.errors import UserError
 
 
@@ -48,6 +49,7 @@ class AtlasModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
         config: Any = self.peft_config[adapter_name]
+        self._refuse_own_names(config)
         if getattr(config, "target_modules", None) == "all-linear":
             self._name_what_all_linear_misses(model)
         try:
@@ -80,6 +82,17 @@ class AtlasModel(BaseTuner):
                 stacklevel=2,
             )
 
+    def _refuse_own_names(self, config: Any) -> None:
+        """PEFT looks for modules_to_save by how a path ends, dots or not, and would wrap our tensors as well."""
+        method = self.method
+        own = [self.prefix + name for name in (*method.params, *method.buffers, *method.derived)]
+        for wanted in getattr(config, "modules_to_save", None) or ():
+            if any(name.endswith(wanted) for name in own):
+                raise UserError(
+                    f"modules_to_save: {wanted!r} is also how a tensor of {method.name} is called; give more of the "
+                    f"module's path, such as 'mlp.{wanted}'."
+                )
+
     def _candidates(self, model: nn.Module) -> list[str]:
         quantization = get_quantization_kwargs(self)
         return sorted(
@@ -91,16 +104,26 @@ class AtlasModel(BaseTuner):
         )
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        if not self.method.overrides("ranks") or peft_config.initialized:
-            return
-        pattern = peft_config.rank_pattern
-        weights = {}
-        for path, target in targeted(model, peft_config):
-            if get_pattern_key(list(pattern), path) not in pattern:
-                layer = target if isinstance(target, AtlasLayer) else self._wrap(target, path)
-                weights[path] = layer.base_matrix
-        chosen = self.method.ranks(peft_config, weights)
-        peft_config.rank_pattern = {**pattern, **{f"^{path}": r for path, r in chosen.items()}}
+        self._shared: dict[str, Shared] = containers(atlas_layers(model), self.method)
+        self._made_shared: dict[str, Tensor] = {}
+        if self.method.overrides("ranks") and not peft_config.initialized:
+            pattern = peft_config.rank_pattern
+            weights = {
+                path: layer.base_matrix
+                for path, layer in self._targets(model, peft_config)
+                if get_pattern_key(list(pattern), path) not in pattern
+            }
+            chosen = self.method.ranks(peft_config, weights)
+            peft_config.rank_pattern = {**pattern, **{f"^{path}": r for path, r in chosen.items()}}
+        if self.method.shared:
+            found = self._targets(model, peft_config)
+            sizes = [(_rank(peft_config, path, layer), *layer.op.shape[::-1]) for path, layer in found]
+            self._made_shared = self.method.make_shared(peft_config, sizes) if sizes else {}
+
+    def _targets(self, model: nn.Module, config: Any) -> Iterator[tuple[str, AtlasLayer]]:
+        """(path, layer) of everything that `config` asks to adapt, wrapped for the moment if it is not adapted yet."""
+        for path, target in targeted(model, config):
+            yield path, target if isinstance(target, AtlasLayer) else self._wrap(target, path)
 
     def _create_and_replace(
         self,
@@ -113,12 +136,14 @@ class AtlasModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         config: AtlasConfig = peft_config
-        asked = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), current_key), config.r)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), current_key), config.lora_alpha)
         # a layer of another of our methods is wrapped like any other: methods stack
         own = target if isinstance(target, AtlasLayer) and target.method is self.method else None
         is_new, layer = own is None, own if own is not None else self._wrap(target, current_key)
-        wanted = min(layer.op.shape) if asked is None else asked
+        asked, wanted = _asked_rank(config, current_key), _rank(config, current_key, layer)
+        for name, tensor in self._made_shared.items():
+            if adapter_name not in layer.store(name):
+                layer.store(name).put(adapter_name, tensor)
         try:
             statistics = (config.calibration or {}).get(current_key, {})
             r = layer.update_layer(adapter_name, config, wanted, alpha, statistics)
@@ -160,6 +185,8 @@ class AtlasModel(BaseTuner):
         try:
             layer = self.layer_classes[kind](target, quantization)
             layer.path = key
+            for name, store in self._shared.items():
+                setattr(layer, layer.prefix + name, store)
         except UserError as error:
             raise UserError(f"module {key}: {error}") from None
         layer.set_adapter(self.active_adapters)
@@ -224,6 +251,8 @@ class AtlasModel(BaseTuner):
     def _get_adapter_state_dict(cls, model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """PEFT's selection for the adapter's file; a rank must not write its part of a tensor as if it were all."""
         chosen = super()._get_adapter_state_dict(model, *args, **kwargs)
+        if cls.method.shared:
+            chosen = for_file(chosen, cls.method, kwargs["config"], cls.prefix, kwargs["adapter_name"])
         shards = [name for name, tensor in chosen.items() if is_sharded(tensor)]
         if shards:
             raise UserError(
@@ -241,8 +270,10 @@ class AtlasModel(BaseTuner):
         mapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        place(atlas_layers(model, adapter_name), adapter_name, cls.prefix, mapped)
-        return mapped
+        layers = list(atlas_layers(model, adapter_name))
+        shared = from_file(layers, adapter_name, cls.prefix, mapped)  # type: ignore[arg-type]
+        place(layers, adapter_name, cls.prefix, mapped)
+        return mapped | shared
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give adapter `old` the name `new`, in place: tensors keep their identity, so optimizers stay valid.
@@ -280,6 +311,16 @@ def atlas_layers(model: nn.Module, adapter: str | None = None) -> Iterator[tuple
     for path, module in model.named_modules():
         if isinstance(module, AtlasLayer) and (adapter is None or adapter in module.adapters()):
             yield path, module
+
+
+def _asked_rank(config: AtlasConfig, path: str) -> int | None:
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), path), config.r)
+
+
+def _rank(config: AtlasConfig, path: str, layer: AtlasLayer) -> int:
+    """The rank that the config asks for in a layer; all of it where that is left open."""
+    asked = _asked_rank(config, path)
+    return min(layer.op.shape) if asked is None else asked
 
 
 def targeted(model: nn.Module, config: Any) -> Iterator[tuple[str, nn.Module]]:

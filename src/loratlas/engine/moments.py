@@ -10,8 +10,28 @@ from torch import Tensor
 
 from loratlas.engine.lifecycle import StepContext
 from loratlas.engine.sharded import along, local, put_, whole
+from loratlas.errors import UserError
 
 LONGEST_AGE = 5000  # steps after which a fresh slice's Adam no longer differs from the tensor's (c_k within 1 %)
+
+
+def check_treatment(ctx: StepContext, param: Tensor, how: str) -> None:
+    """Raise `UserError` if the optimizer keeps nothing of `param` that `treat_moments` could treat in that way.
+
+    An optimizer whose moments are not those of the parameter's own slices says so with `slot_moments=False` in the
+    parameter's group.
+    """
+    group, name = ctx.group(param), type(ctx.optimizer).__name__
+    if how != "keep" and not group.get("slot_moments", True):
+        raise UserError(
+            f"optimizer_reset={how!r} treats the moments of single pairs, of which {name} keeps none as it is set up: "
+            "choose 'keep'."
+        )
+    if how == "corrected" and "betas" not in group:
+        raise UserError(
+            f"optimizer_reset='corrected' is exact for Adam and AdamW only, not for {name}: choose 'keep', 'zero' or "
+            "'mean_v'."
+        )
 
 
 def treat_moments(ctx: StepContext, param: Tensor, dim: int, slots: Tensor, how: str) -> None:
@@ -45,7 +65,8 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
         (1 - beta1^t) / (1 - beta1^k) * (sqrt(v / (1 - beta2^t)) + eps) / (sqrt(v / (1 - beta2^k)) + eps)
 
     with its second moment v. Decoupled weight decay is not part of the change. Optimizers that count no steps, such as
-    SGD, treat slices of every age alike and need no correction.
+    SGD, treat slices of every age alike and need no correction; those whose moments are of no single slice (see
+    `check_treatment`) can have none.
 
     Args:
         param: the parameter; dim: its slot dimension.
@@ -64,7 +85,7 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
     def correct() -> None:
         group, state = ctx.group(param), ctx.state(param)
         second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-        if "betas" not in group or "step" not in state or second is None:
+        if not group.get("slot_moments", True) or "betas" not in group or "step" not in state or second is None:
             return
         beta1, beta2 = (float(beta) for beta in group["betas"])
         t = float(state["step"])

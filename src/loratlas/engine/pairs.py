@@ -13,13 +13,15 @@ Tensors, by name: A (r, in), B (out, r) trainable; A0, B0 their starts; HA (h, i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from loratlas.engine.method import Factors, View
-from loratlas.engine.sharded import from_rank0, put_, refuse_cast, whole
+from loratlas.engine.sharded import from_rank0, is_sharded, put_, refuse_cast, whole
+from loratlas.errors import UserError
 from loratlas.linalg.lowrank import compress
 
 TENSORS = ("A", "B")
@@ -46,14 +48,18 @@ def principal_factors(u: Tensor, s: Tensor, vh: Tensor, scaling: float) -> tuple
 
 def difference(t: View) -> Factors:
     """The live pairs' update in difference form, s (B A - B* A*); without starts (plain LoRA) s B A."""
-    if t.A0 is not None:
+    if getattr(t, "A0", None) is not None:
         refuse_cast(t.A, t.A0)
     return Factors(t.A, _scaled(t, t.B), start_down=t.A0, start_up=_scaled(t, t.B0))
 
 
 def with_history(t: View) -> Factors:
     """The whole update: live pairs, and as frozen part the retired ones."""
-    live = difference(t)
+    return add_history(t, difference(t))
+
+
+def add_history(t: View, live: Factors) -> Factors:
+    """`live` with the history as its frozen part."""
     if t.HA.shape[0] == 0:
         return live
     return live._replace(frozen_down=t.HA, frozen_up=_scaled(t, t.HB))
@@ -71,8 +77,12 @@ def _scaled(t: View, up: Any) -> Any:
 def retire(t: View, slots: Tensor) -> None:
     """Move what the pairs in `slots` (int64, (k,)) have learned into the history."""
     a, b, a0, b0 = whole(t.A)[slots], whole(t.B)[:, slots], t.A0[slots], t.B0[:, slots]
-    down = torch.cat((t.HA, a, a - a0))
-    up = torch.cat((t.HB, b - b0, b0), dim=1)
+    archive(t, torch.cat((a, a - a0)), torch.cat((b - b0, b0), dim=1))
+
+
+def archive(t: View, down: Tensor, up: Tensor) -> None:
+    """Add up @ down, with down (k, in) and up (out, k) before scaling, to the history."""
+    down, up = torch.cat((t.HA, down)), torch.cat((t.HB, up), dim=1)
     if down.shape[0] > min(t.op.shape):
         # more ranks than the layer has directions: re-factor, dropping numerical zeros only
         packed = compress(up, down)
@@ -90,6 +100,29 @@ def reseed(t: View, slots: Tensor, down: Tensor, up: Tensor) -> None:
 
 def folded_weight(t: View, weight: Tensor) -> Tensor:
     """W + s (H - B* A*): the dense weight on which s B A alone is the whole update. weight: (out, in)."""
-    up = torch.cat((t.HB, -t.B0), dim=1)
-    down = torch.cat((t.HA, t.A0))
+    down, up = t.HA, t.HB
+    if getattr(t, "A0", None) is not None:
+        down, up = torch.cat((down, t.A0)), torch.cat((up, -t.B0), dim=1)
     return torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=t.scaling)
+
+
+def fold(t: View, weight: Callable[[], Tensor], option: str, instead: str) -> None:
+    """Store `folded_weight` as the derived tensor "folded", a working copy in the base's dtype that the forward uses.
+
+    Raises:
+        UserError: the base is quantised or already adapted; `option` is what asked for this, `instead` what works.
+    """
+    base: Tensor = t.layer.weight
+    if t.layer.quantization_backend is not None or t.layer.base_layer is not t.layer.get_base_layer():
+        raise UserError(f"{option} needs a dense base layer, not a quantised or already adapted one: use {instead}.")
+    if base.device.type != "meta":
+        t.layer.store("folded")[t.adapter] = folded_weight(t, weight()).to(base.dtype)
+
+
+def refuse_sharded_base(t: View, option: str, instead: str) -> None:
+    """Raise `UserError` if `fold` would have to see a weight of which a rank holds only a part."""
+    if is_sharded(t.layer.weight):
+        raise UserError(
+            f"{option} needs a dense working copy of every weight, but under FSDP2 a rank holds only a part of it: "
+            f"use {instead}."
+        )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,12 +54,50 @@ class OptimizerConfig(Part):
         raise NotImplementedError
 
 
-class Objective(Protocol):
-    """The loss of a batch. Modules of its own (none as a rule) and what it must remember are its own business."""
+class Objective:
+    """The loss of a training batch; evaluation keeps the model's own.
+
+        for step in range(total):
+            objective.at(step, total)
+            for batch in micro_batches:
+                (objective.loss(model, batch) / len(micro_batches)).backward()
+            optimizer.step(); optimizer.zero_grad()
+
+    The loss is a mean over the batch, so micro-batches are averaged and transformers' `num_items_in_batch` stays out.
+    Nothing has to be saved: all that a schedule follows is the step that it is told.
+
+    Attributes:
+        own: keys of a batch that are for the objective and not for the model's forward.
+        terms: the unweighted parts of the last loss by name, detached scalars, for logs.
+    """
+
+    own: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self) -> None:
+        self.terms: dict[str, Tensor] = {}
+
+    def at(self, step: int, total: int) -> None:
+        """Optional hook: the next batches belong to optimizer step `step` of `total`, counted from 0.
+
+        Called before every step, after a resume with the step that comes next (Trainer's `state.global_step`). An
+        objective without a schedule ignores it.
+        """
 
     def __call__(self, model: nn.Module, inputs: Mapping[str, Any], outputs: Any) -> Tensor:
-        """The loss (a scalar) from what the model made of `inputs`; outputs.loss is the task's own loss."""
-        ...
+        """The loss, a scalar. inputs: the whole batch; outputs: what `model` made of it without the keys in `own`.
+
+        `outputs.loss` is the task's own loss, so the model must see the labels. `model` may be wrapped (DDP).
+        """
+        raise NotImplementedError
+
+    def forward(self, model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Any]:
+        """(loss, outputs) of one batch: runs the model on what is the model's, then itself."""
+        outputs = model(**{name: value for name, value in batch.items() if name not in self.own})
+        return self(model, batch, outputs), outputs
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The loss of one batch, model forward included: all that a plain loop needs."""
+        return self.forward(model, batch)[0]
 
 
 @dataclass
@@ -67,6 +105,7 @@ class ObjectiveConfig(Part):
     """Makes a loss that replaces or extends the model's own."""
 
     def build(self, model: nn.Module) -> Objective:
+        """The objective for `model`, with its adapter if it has one, before anything wraps it."""
         raise NotImplementedError
 
 
@@ -78,5 +117,7 @@ class StrategyConfig(Part):
         """A TrainerCallback with `attach(model, optimizer, total_steps)` and `detach()`.
 
         In a plain loop `attach` registers what it needs as hooks of `optimizer.step`, as `lifecycle.attach` does.
+        Where it has them, `forecast(model, total_steps)` and `remarks()` give sentences for the user, before and after
+        training.
         """
         raise NotImplementedError

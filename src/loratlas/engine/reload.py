@@ -164,7 +164,8 @@ def _branch(form: LoraForm, adapter: str, x: Tensor, exact: bool) -> Tensor:
     x = x.to(form.down.device)
     if exact:
         return layer.method.delta(View(layer, adapter), x).cpu()
-    return layer.op.low_rank(x, form.down.float(), form.up.float()).cpu()
+    y = layer.op.low_rank(x, form.down.float(), form.up.float())
+    return (y if form.bias is None else y + form.bias.float()).cpu()
 
 
 def _no_outputs(model: PeftModel, adapter: str) -> str:

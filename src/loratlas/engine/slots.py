@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from loratlas.engine import rank_log
 from loratlas.engine.lifecycle import StepContext
 from loratlas.engine.method import View
 from loratlas.engine.sharded import put_
@@ -23,7 +24,7 @@ INTEGERS = dict.fromkeys(BUFFERS, torch.int64)
 
 
 def shapes(r_max: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the buffers; rank_log (k, 2) grows: step, rank from that step on."""
+    """Shapes of the buffers; rank_log grows, see `engine.rank_log`."""
     return {"rank": (), "born": (r_max,), "rank_log": (0, 2)}
 
 
@@ -40,10 +41,7 @@ def start(t: View, rank: int) -> None:
 
 def note(t: View, step: int) -> None:
     """Write the layer's rank into its log if it has changed, or if the log is empty."""
-    log = t.rank_log
-    if len(log) == 0 or int(log[-1, 1]) != int(t.rank):
-        entry = torch.stack((torch.full_like(t.rank, step), t.rank))[None]
-        t.grow("rank_log", torch.cat((log, entry)))
+    rank_log.note(t, step, int(t.rank))
 
 
 def wake(t: View, count: int, ctx: StepContext) -> Tensor:

@@ -35,6 +35,51 @@ def usable_svd(
     return u[:, :usable], s[:usable], vh[:usable]
 
 
+def row_weighted_svd(
+    weight: Tensor,
+    importance: Tensor,
+    k: int,
+    *,
+    eps: float = 1e-5,
+    method: str = "auto",
+    niter: int = 8,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best rank-k approximation of W where row i counts w_i: it minimises || diag(w) (W - L) ||_F.
+
+        diag(w) W ~ U diag(S) V^T,        L = diag(1 / (w + eps)) U diag(S) V^T
+
+    The minimum is the tail of S, up to the eps that keeps rows of small weight bounded; rows of weight 0 stay 0.
+
+    Args:
+        weight: W, (m, n), any real floating dtype.
+        importance: w, (m,), finite and not negative.
+        k: number of triplets; fewer come back where diag(w) W has a smaller rank, as in `usable_svd`.
+        eps: added to w where it divides.
+        method, niter, seed: those of `top_svd`; method="torch" is torch.svd_lowrank(q=k, niter=niter) instead, without
+            oversampling and from torch's global generator.
+
+    Returns:
+        diag(1 / (w + eps)) U (m, j), S (j,) descending, V^T (j, n), with the dtype rules of `top_svd`.
+
+    Raises:
+        UserError: w is of another length or has an entry that is negative or not finite; and as `top_svd`.
+    """
+    m, n = weight.shape
+    w = importance.detach().to(weight.device, result_dtype(weight))
+    if w.shape != (m,) or not bool((torch.isfinite(w) & (w >= 0)).all()):
+        raise UserError(f"the rows of a {m}x{n} matrix need {m} finite weights of at least 0.")
+    scaled = weight.detach().to(w.dtype) * w[:, None]
+    if method == "torch":
+        u, s, v = torch.svd_lowrank(scaled, q=min(k, m, n), niter=niter)
+        vh = v.T
+    else:
+        u, s, vh = usable_svd(scaled, k, method=method, niter=niter, seed=seed)
+    # of a row of zeros U holds rounding noise, which 1 / eps would blow up
+    up = torch.where(w[:, None] > 0, u / (w[:, None] + eps), 0.0)
+    return up, s, vh
+
+
 def nystrom(weight: Tensor, r: int, *, pinv: bool = True) -> ThreeFactors:
     """Nystrom's approximation from the leading corner: W ~ W[:, :r] C W[:r, :], C the inverse of W[:r, :r].
 
