@@ -248,6 +248,21 @@ def test_export_and_inspect(work: list[str], trained: Path, tmp_path: Path) -> N
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
+def test_inspect_shows_the_ranks_over_time(work: list[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "grown")
+    words = ["--steps", "10", "--set", "r=2", "--set", "init_warmup=1", "--set", "incre_interval=2", "--set", "top_h=7"]
+    code, _, _ = call("train", "increlora", *work, "--out", out, *words)
+    assert code == 0
+    code, text, _ = call("inspect", out)
+    assert code == 0
+    assert "The rank of each layer: 26 in all, 2 on average" in text
+    row = next(line for line in text.partition("moved at step")[2].splitlines() if "3:2" in line or "5:2" in line)
+    assert "▄" in row
+    assert "█" in row
+    found = json.loads(call("inspect", out, "--json")[1])
+    assert sum(entry["ranks"][-1] for entry in found["ranks"]) == 26
+
+
 def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:
     words = ["export", str(trained), "--no-verify", "--check", "vllm"]
     code, text, error = call(*words, "--out", str(tmp_path / "served"))
