@@ -22,9 +22,8 @@ RANK, VOCABULARY = 8, 1000
 LONG = 10_000  # steps
 EVENTS = 6  # of SRLoRA: half the pairs each, two ranks a pair, a history of 48
 PARTS = ("step", "forward", "backward")
-# {method of the catalogue: PEFT's arm of the same function, which is measured beside it, and how many times as long as
-# ours its step must take}
-TWINS = {"miss": ("peft-miss", 1.15), "bone": ("peft-bat", 1.0), "randlora": ("peft-randlora", 1.15)}
+# {method of the catalogue: PEFT's arm of the same function, which is measured beside it}
+TWINS = {"miss": "peft-miss", "bone": "peft-bat", "randlora": "peft-randlora"}
 ARMS = ("frozen", "peft", "lora", "pissa", "srlora", "srlora-inplace")
 
 

@@ -46,7 +46,7 @@ def main(
     data: list[dict[str, Any]] = []
     equal: dict[str, dict[str, float]] = {}
     for each in _chosen(QUICK if quick else SETTINGS, setting):
-        further = [name for own in method or () for name in (*TWINS.get(own, ())[:1], own)]
+        further = [name for own in method or () for name in (TWINS.get(own), own) if name]
         names = [name for name in each.arms() if not arm or name in arm] + further
         if not names:
             continue
@@ -154,13 +154,12 @@ def bars_of(setting: Setting, arms: dict[str, Arm]) -> list[Bar]:
         if setting.dtype == BF16:
             share = arms["lora"].saved_bytes / arms["peft"].saved_bytes
             bars.append(Bar(f"{setting.name}: saved activations, ours / PEFT LoRA", 0.6, Spread.of([share])))
-    for ours, (theirs, limit) in TWINS.items():
+    for ours, theirs in TWINS.items():
         if {ours, theirs} <= set(arms):
             faster = ratio(times[theirs], times[ours])
-            bars.append(Bar(f"{setting.name}: step, {theirs} / {ours}", limit, faster, at_least=True))
-            if setting.dropout or ours != "miss":  # without dropout both MiSS save next to nothing above the floor
-                share = Spread.of([arms[ours].saved_bytes / arms[theirs].saved_bytes])
-                bars.append(Bar(f"{setting.name}: saved activations, {ours} / {theirs}", 0.8, share))
+            share = Spread.of([arms[ours].saved_bytes / arms[theirs].saved_bytes])
+            bars.append(Bar(f"{setting.name}: step, {theirs} / {ours}", 1.15, faster, at_least=True))
+            bars.append(Bar(f"{setting.name}: saved activations, {ours} / {theirs}", 0.8, share))
     for name, limit in SRLORA_COSTS.items():
         if not {name, "lora"} <= set(arms):
             continue

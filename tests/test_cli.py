@@ -126,14 +126,14 @@ def test_the_options_of_train_have_the_defaults_of_a_recipe() -> None:
     import inspect
 
     from loratlas.commands import train
-    from loratlas.train.recipe import Recipe
+    from loratlas.train.recipe import OPTION_MAPS, Recipe
 
     names = {"accumulation": "gradient_accumulation", "text_column": "text_columns"}
     defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
     shared = {names.get(name, name): p.default for name, p in inspect.signature(train.train).parameters.items()}
     for name in set(defaults) & set(shared) - {"method", "model", "data"}:
         assert (defaults[name] or None) == (shared[name] or None), name
-    assert set(defaults) - set(shared) == {"warmup", "weight_decay", "max_grad_norm", "options"}
+    assert set(defaults) - set(shared) == {"warmup", "weight_decay", "max_grad_norm", *OPTION_MAPS.values()}
 
 
 def test_try_answers_arguments_and_pipes(trained: Path) -> None:
@@ -246,6 +246,21 @@ def test_export_and_inspect(work: list[str], trained: Path, tmp_path: Path) -> N
     code, text, _ = call("export", str(trained), "--to", "merged", "--out", str(tmp_path / "merged"), "--json")
     assert json.loads(text)["kind"] == "merged"
     assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+def test_inspect_shows_the_ranks_over_time(work: list[str], tmp_path: Path) -> None:
+    out = str(tmp_path / "grown")
+    words = ["--steps", "10", "--set", "r=2", "--set", "init_warmup=1", "--set", "incre_interval=2", "--set", "top_h=7"]
+    code, _, _ = call("train", "increlora", *work, "--out", out, *words)
+    assert code == 0
+    code, text, _ = call("inspect", out)
+    assert code == 0
+    assert "The rank of each layer: 26 in all, 2 on average" in text
+    row = next(line for line in text.partition("moved at step")[2].splitlines() if "3:2" in line or "5:2" in line)
+    assert "▄" in row
+    assert "█" in row
+    found = json.loads(call("inspect", out, "--json")[1])
+    assert sum(entry["ranks"][-1] for entry in found["ranks"]) == 26
 
 
 def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.block_lora import BlockLoraConfig
     from loratlas.adapters.bone import AtlasMissConfig, BoneConfig
     from loratlas.adapters.codyra import CoDyRAConfig
+    from loratlas.adapters.diffora import DiffoRAConfig
     from loratlas.adapters.dylora import DyLoraConfig, set_rank
     from loratlas.adapters.hydra import HydraConfig
     from loratlas.adapters.increlora import IncreLoraConfig
@@ -41,8 +42,12 @@ if TYPE_CHECKING:
     from loratlas.objectives.ba_lora import BALoraConfig
     from loratlas.objectives.loku import LoKUConfig
     from loratlas.objectives.pairing import PairCollator, PairedData
+    from loratlas.optim.dct_adamw import DCTAdamW, DCTAdamWConfig
+    from loratlas.optim.fira import FiraAdamW, FiraConfig, FiraRMSProp
+    from loratlas.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
+    from loratlas.strategies.lisa import LisaCallback, LisaConfig
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -57,12 +62,24 @@ __all__ = [
     "BlockLoraConfig",
     "BoneConfig",
     "CoDyRAConfig",
+    "DCTAdamW",
+    "DCTAdamWConfig",
+    "DiffoRAConfig",
     "DyLoraConfig",
+    "FiraAdamW",
+    "FiraConfig",
+    "FiraRMSProp",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "GaLoreConfig",
     "HydraConfig",
     "IncreLoraConfig",
     "LamdaConfig",
     "Lifecycle",
     "LifecycleCallback",
+    "LisaCallback",
+    "LisaConfig",
     "LoKUConfig",
     "LoLDUConfig",
     "LoraGAConfig",
@@ -105,6 +122,7 @@ _HOMES = {
     "BlockLoraConfig": "loratlas.adapters.block_lora",
     "BoneConfig": "loratlas.adapters.bone",
     "CoDyRAConfig": "loratlas.adapters.codyra",
+    "DiffoRAConfig": "loratlas.adapters.diffora",
     "LoLDUConfig": "loratlas.adapters.loldu",
     "LoraGAConfig": "loratlas.adapters.lora_ga",
     "HydraConfig": "loratlas.adapters.hydra",
@@ -136,6 +154,17 @@ _HOMES = {
     "LoKUConfig": "loratlas.objectives.loku",
     "PairCollator": "loratlas.objectives.pairing",
     "PairedData": "loratlas.objectives.pairing",
+    "LisaCallback": "loratlas.strategies.lisa",
+    "LisaConfig": "loratlas.strategies.lisa",
+    "DCTAdamW": "loratlas.optim.dct_adamw",
+    "DCTAdamWConfig": "loratlas.optim.dct_adamw",
+    "FiraAdamW": "loratlas.optim.fira",
+    "FiraConfig": "loratlas.optim.fira",
+    "FiraRMSProp": "loratlas.optim.fira",
+    "GaLoreAdafactor": "loratlas.optim.galore",
+    "GaLoreAdamW": "loratlas.optim.galore",
+    "GaLoreAdamW8bit": "loratlas.optim.galore",
+    "GaLoreConfig": "loratlas.optim.galore",
     "UserError": "loratlas.errors",
     "AtomicCheckpoints": "loratlas.train.atomic",
     "load_checkpoint": "loratlas.train.checkpoint",

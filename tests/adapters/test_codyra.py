@@ -32,7 +32,7 @@ def adapted(**options: Any) -> PeftModel:
 
 
 def ranks(model: nn.Module) -> list[int]:
-    return [int(t.gate.count_nonzero()) for t in views(model)]
+    return [int(t.gates.count_nonzero()) for t in views(model)]
 
 
 # --------------------------------------------------------------------------------------------------------- thresholds
@@ -162,7 +162,7 @@ def test_resume_in_the_second_task_is_exact(earlier: str, tmp_path: Path) -> Non
     optimizer.load_state_dict(state)
     train(second, x, steps - 11, total=steps, optimizer=optimizer)
     for ours, theirs in zip(views(second), views(whole), strict=True):
-        for name in ("A", "B", "gate", "HA", "HB", "tasks", "rank_log"):
+        for name in ("A", "B", "gates", "HA", "HB", "tasks", "rank_log"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     assert any(rank < 4 for rank in ranks(whole))
 

@@ -11,7 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from toys import TARGETS, Toy, distance, inputs, train, trainable, view, views
 
-from loratlas import AtlasLoraConfig, NolaConfig, UserError
+from loratlas import AtlasLoraConfig, NolaConfig, RandLoraConfig, SVFitConfig, UserError
 from loratlas.linalg.seeded import Stream
 
 R, K = 3, 10
@@ -110,6 +110,13 @@ def test_coefficients_that_arrive_in_place_bring_their_bases_along() -> None:
     model, other, x = adapted(), adapted(seed=9), inputs(dtype=torch.float64)
     model.load_state_dict(other.state_dict())
     torch.testing.assert_close(model(x), other(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cls", [NolaConfig, SVFitConfig, RandLoraConfig])
+def test_what_is_recomputed_waits_for_a_model_with_weights(cls: type) -> None:
+    options = {"save_bases": False} if cls is SVFitConfig else {}
+    model = get_peft_model(Toy().to("meta"), cls(r=R, target_modules=list(TARGETS), **options))
+    assert all(p.is_meta for p in trainable(model))
 
 
 def test_a_rank_beyond_the_layer_is_cut_with_a_warning() -> None:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from torch import nn
 from toys import TARGETS, Toy, distance, inputs, trainable, view, views
 
 from loratlas import AtlasLoraConfig, RandLoraConfig, UserError
@@ -103,6 +104,15 @@ def test_ranks_of_single_layers() -> None:
     assert torch.linalg.matrix_rank(delta(second)) == 14
     with pytest.warns(UserWarning, match=r"rank 64 exceeds the 12 useful directions of first"):
         assert [len(t.gam) for t in views(adapted(r=64))] == [1, 1]
+
+
+def test_the_smallest_bases() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(5, 1)), config(target_modules=["0"]))
+    t = next(iter(views(model)))
+    assert t.A.abs().tolist() == [[[1.0]]]
+    assert torch.isfinite(t.B).all()
+    with pytest.raises(UserError, match="came out as zeros: use basis='dense'"):
+        get_peft_model(nn.Sequential(nn.Linear(5, 1)), config(target_modules=["0"], basis="sparse", seed=1))
 
 
 def test_dropout_acts_in_training_only() -> None:

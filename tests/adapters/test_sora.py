@@ -48,7 +48,7 @@ def test_a_gate_that_nothing_pulls_at_shrinks_by_xi_a_step_and_stays_at_0(name: 
     optimizer = OPTIMIZERS[name](trainable(model))
     attach(model, optimizer)
     groups = [(group["params"], list(group["params"])) for group in optimizer.param_groups]
-    gates, ups = view(model).gate, view(model).B.detach().clone()
+    gates, ups = view(model).gates, view(model).B.detach().clone()
     for step in range(1, 13):
         step_without_gradients(model, optimizer)
         expected = torch.full((4,), max(0.0, 1.0 - 0.1 * step))
@@ -80,7 +80,7 @@ def test_more_threshold_leaves_fewer_pairs() -> None:
     def left(xi: float) -> int:
         model = adapted(xi=xi, r=8)
         train(model, inputs(), 40)
-        return sum(int(t.gate.count_nonzero()) for t in views(model))
+        return sum(int(t.gates.count_nonzero()) for t in views(model))
 
     found = [left(xi) for xi in (0.0, 0.01, 0.03, 0.1)]
     assert found[0] == 16
@@ -118,7 +118,7 @@ def test_it_finds_the_rank_of_the_target(seed: int) -> None:
             optimizer.step()
             optimizer.zero_grad()
         rest = (model(x).T - target).detach().norm() / change.norm()
-        return int(view(model, "0").gate.count_nonzero()), float(rest)
+        return int(view(model, "0").gates.count_nonzero()), float(rest)
 
     rank, rest = fit(8e-3, 1500)
     assert 2 <= rank <= 3
@@ -137,7 +137,7 @@ def test_the_threshold_rises_from_stage_to_stage(first: float | None) -> None:
     attach(model, optimizer, total_steps=12)
     for _ in range(12):
         step_without_gradients(model, optimizer)
-        seen.append(float(view(model).gate[0].detach()))
+        seen.append(float(view(model).gates[0].detach()))
     taken = [round(before - after, 3) for before, after in itertools.pairwise(seen)]
     lengths = (4, 4, 4) if first is None else (6, 3, 3)
     assert taken == [0.0] * lengths[0] + [0.05] * lengths[1] + [0.1] * lengths[2]
@@ -182,7 +182,7 @@ def test_the_term_is_the_mean_over_all_gates(caplog: pytest.LogCaptureFixture) -
     task = float(model(inputs())["loss"].detach())
     optimizer = adamw(model)
     lifecycle = attach(model, optimizer)
-    gates = torch.cat([t.gate.detach() for t in views(model)])
+    gates = torch.cat([t.gates.detach() for t in views(model)])
     loss = model(inputs())["loss"]
     assert float(loss.detach()) == pytest.approx(task + 10.0 * float(gates.abs().mean()))
     assert float(lifecycle.terms().detach()) == pytest.approx(10.0 * float(gates.abs().mean()))
@@ -202,13 +202,13 @@ def test_a_loop_with_a_loss_of_its_own_is_told(caplog: pytest.LogCaptureFixture)
 def pruned() -> PeftModel:
     model = adapted(r=8, xi=0.02)
     train(model, inputs(), 40)
-    assert {0, 8}.isdisjoint(int(t.gate.count_nonzero()) for t in views(model))
+    assert {0, 8}.isdisjoint(int(t.gates.count_nonzero()) for t in views(model))
     return model
 
 
 def test_dead_pairs_are_not_exported(tmp_path: Path) -> None:
     model = pruned()
-    ranks = [int(t.gate.count_nonzero()) for t in views(model)]
+    ranks = [int(t.gates.count_nonzero()) for t in views(model)]
     report = export_lora(model, tmp_path / "lora")
     assert (report.exact_rank, report.rank, report.relative_error) == (max(ranks), max(ranks), 0.0)
     stock = PeftModel.from_pretrained(Toy(), tmp_path / "lora")
@@ -221,7 +221,7 @@ def test_dead_pairs_are_not_exported(tmp_path: Path) -> None:
 def test_a_layer_may_be_switched_off_altogether(tmp_path: Path) -> None:
     model = adapted()
     train(model, inputs(), 5)
-    view(model, "second").gate.data.zero_()
+    view(model, "second").gates.data.zero_()
     export_lora(model, tmp_path)
     stock = PeftModel.from_pretrained(Toy(), tmp_path)
     torch.testing.assert_close(stock(inputs()), model(inputs()), rtol=1e-6, atol=1e-6)
@@ -230,7 +230,7 @@ def test_a_layer_may_be_switched_off_altogether(tmp_path: Path) -> None:
 def test_the_ranks_over_time_are_written_down() -> None:
     model = adapted(r=8, xi=0.02)
     counts = [8]
-    train(model, inputs(), 40, each=lambda step: counts.append(int(view(model).gate.count_nonzero())))
+    train(model, inputs(), 40, each=lambda step: counts.append(int(view(model).gates.count_nonzero())))
     log = view(model).rank_log.tolist()
     assert log[0] == [0, 8]
     assert all(counts[step] == rank for step, rank in log)
@@ -255,9 +255,17 @@ def test_resume_is_exact(stop_at: int, tmp_path: Path) -> None:
     optimizer.load_state_dict(state)
     train(second, x, steps - stop_at, total=steps, optimizer=optimizer)
     for ours, theirs in zip(views(second), views(whole), strict=True):
-        for name in ("A", "B", "gate", "rank_log"):
+        for name in ("A", "B", "gates", "rank_log"):
             assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    assert any(int(t.gate.count_nonzero()) < 4 for t in views(whole))
+    assert any(int(t.gates.count_nonzero()) < 4 for t in views(whole))
+
+
+def test_a_saved_module_that_is_called_like_a_tensor_of_ours_is_refused() -> None:
+    """PEFT would wrap both."""
+    with pytest.raises(
+        UserError, match=r"modules_to_save: 'gates' is also how a tensor of sora is called.*'mlp.gates'"
+    ):
+        get_peft_model(Toy(), config(modules_to_save=["gates"]))
 
 
 def test_bad_options() -> None:

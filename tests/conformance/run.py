@@ -42,6 +42,17 @@ CASES = {
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "allora": {"config": "loratlas:ALLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "dylora": {"config": "loratlas:DyLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
+    # these start with factors so small that PEFT's three steps of SGD hardly move them: a larger scaling
+    "increlora": {
+        "config": "loratlas:IncreLoraConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "init_r": 4, "lora_alpha": 1024},
+    },
+    "triadaptlora": {
+        "config": "loratlas:TriAdaptLoraConfig",
+        "kinds": KINDS[:2] + KINDS[3:],
+        "kwargs": {"r": 4, "init_r": 4, "lora_alpha": 64, "init_variant": "eye"},
+    },
     "lamda": {"config": "loratlas:LamdaConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "lora-sb": {
         "config": "loratlas:LoraSBConfig",
@@ -66,6 +77,7 @@ CASES = {
         "kinds": KINDS[:2] + KINDS[3:],
         "kwargs": {"r": 4, "lora_alpha": 1},
     },
+    "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 def two_ranks(script: str | Path, *arguments: object) -> None:
-    """Run `script`, of this folder or an absolute path, under torchrun; fails with its standard error."""
+    """Run `script`, a path from this folder or an absolute one, under torchrun; fails with its standard error."""
     words = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d", "--rdzv_endpoint=127.0.0.1:0"]
     done = subprocess.run(
         [sys.executable, *words, str(Path(__file__).parent / script), *map(str, arguments)],

@@ -99,11 +99,11 @@ def test_terms_wait_for_their_step_and_a_resumed_run_needs_only_the_step() -> No
     objective, losses = config.build(model), []
     for step in range(20):
         objective.at(step, 20)
-        losses.append(float(objective(model, inputs, outputs)))
+        losses.append(objective(model, inputs, outputs).item())
         assert ("svd" in objective.terms) == ("diversity" in objective.terms) == (step > 4)
     later = config.build(model)
     later.at(13, 20)
-    assert float(later(model, inputs, outputs)) == losses[13]
+    assert later(model, inputs, outputs).item() == losses[13]
     assert later.weights == pytest.approx((0.025 * (0.1 + 0.45 * (1 + math.cos(math.pi * 0.65))), 0.005, 0.005))
 
 

@@ -57,7 +57,7 @@ def test_descent_lowers_the_target_and_raises_the_runner_up() -> None:
 def test_a_smaller_margin_lets_forgotten_tokens_be() -> None:
     z = torch.tensor([0.0, 3.0, 0.0]).requires_grad_()
     loss = inverted_hinge(*one(z, 0), margin=0.5)
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert not torch.autograd.grad(loss, z)[0].any()
 
 

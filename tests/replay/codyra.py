@@ -50,17 +50,17 @@ def _replay(golden: dict[str, Tensor], facts: dict[str, Any], earlier: str) -> N
         if task:
             next_task(model)
         own = {name.removeprefix(f"t{task}."): value for name, value in golden.items() if name.startswith(f"t{task}.")}
-        for name in ("A", "B", "gate"):
-            getattr(t, name).data.copy_(own[f"{name}0"].reshape(getattr(t, name).shape))
+        for name, tensor in _tensors(t).items():
+            tensor.data.copy_(own[f"{name}0"].reshape(tensor.shape))
         _learn(model, t, own, config, facts)
         down, up = joined_factors(t)
         close(f"t{task}.W_merged", weight + up @ down, own["W_merged"])
-        assert torch.equal(t.gate != 0, own["active"].flatten()), f"t{task}.active"
+        assert torch.equal(t.gates != 0, own["active"].flatten()), f"t{task}.active"
 
 
 def _learn(model: nn.Module, t: Any, golden: dict[str, Tensor], config: CoDyRAConfig, facts: dict[str, Any]) -> None:
     total, dense = int(facts["total"]), float(facts["dense_iters"]) * int(facts["total"])
-    optimizer = torch.optim.AdamW([t.A, t.B, t.gate], lr=facts["lr"], betas=tuple(facts["betas"]), weight_decay=0.0)
+    optimizer = torch.optim.AdamW([t.A, t.B, t.gates], lr=facts["lr"], betas=tuple(facts["betas"]), weight_decay=0.0)
     scheduler = LambdaLR(optimizer, lambda done: 0.5 * (1 + math.cos(math.pi * done / total)))
     attach(model, optimizer, total_steps=total)
     for step in range(total):
@@ -73,8 +73,12 @@ def _learn(model: nn.Module, t: Any, golden: dict[str, Tensor], config: CoDyRACo
         (y * golden[f"s{step}.g"]).sum().backward()
         optimizer.step()
         scheduler.step()
-        for name in ("A", "B", "gate"):
-            close(f"s{step}.{name}", getattr(t, name), golden[f"s{step}.{name}"])
+        for name, tensor in _tensors(t).items():
+            close(f"s{step}.{name}", tensor, golden[f"s{step}.{name}"])
+
+
+def _tensors(t: Any) -> dict[str, Tensor]:
+    return {"A": t.A, "B": t.B, "gate": t.gates}
 
 
 def close(name: str, ours: Tensor, theirs: Tensor) -> None:

@@ -48,10 +48,11 @@ def _trajectory(golden: dict[str, Tensor], facts: dict[str, object]) -> None:
     options = {"r": r, "lora_alpha": float(facts["alpha"]), "sparse_lambda": float(facts["sparse_lambda"])}
     model = get_peft_model(base, SoRAConfig(**options, threshold="official", xi_schedule=stages, target_modules=["0"]))
     t = next(layer for _, layer in atlas_layers(model)).view("default")
-    for name in ("A", "B", "gate"):
-        getattr(t, name).data.copy_(golden[f"{name}0"].reshape(getattr(t, name).shape))
+    tensors = {"A": t.A, "B": t.B, "gate": t.gates}
+    for name, own in tensors.items():
+        own.data.copy_(golden[f"{name}0"].reshape(own.shape))
     # the decay of 0.1 may not reach the gate; `eps` is added before the bias correction in the official optimizer
-    gate = {"params": [t.gate], "eps": 1e-6}
+    gate = {"params": [t.gates], "eps": 1e-6}
     optimizer = torch.optim.AdamW([{"params": [t.A, t.B]}, gate], lr=lr, weight_decay=0.1)
     lifecycle = attach(model, optimizer, total_steps=steps)
     for step in range(steps):
@@ -59,12 +60,12 @@ def _trajectory(golden: dict[str, Tensor], facts: dict[str, object]) -> None:
         close(f"s{step}.y", y, golden[f"s{step}.y"])
         optimizer.zero_grad()
         ((y * golden[f"s{step}.g"]).sum() + lifecycle.terms()).backward()
-        for name, ours in (("gradA", t.A.grad), ("gradB", t.B.grad), ("grad_gate", t.gate.grad)):
+        for name, ours in (("gradA", t.A.grad), ("gradB", t.B.grad), ("grad_gate", t.gates.grad)):
             close(f"s{step}.{name}", ours, golden[f"s{step}.{name}"])
         optimizer.param_groups[1]["eps"] = 1e-6 / (1 - 0.999 ** (step + 1)) ** 0.5
         optimizer.step()
-        for name in ("A", "B", "gate"):
-            close(f"s{step}.{name}", getattr(t, name), golden[f"s{step}.{name}"])
+        for name, own in tensors.items():
+            close(f"s{step}.{name}", own, golden[f"s{step}.{name}"])
 
 
 def _number(text: str) -> object:

@@ -14,14 +14,16 @@ from transformers import SchedulerType
 from loratlas import UserError
 from loratlas.catalog import baselines, find, load_entry, systems
 from loratlas.train.methods import default_options, option_fields, option_problems, option_values
-from loratlas.train.recipe import DEMO, SCHEDULERS, Recipe
+from loratlas.train.recipe import DEMO, PARTS, SCHEDULERS, Recipe
 from loratlas.train.recipe_check import check, make
 from loratlas.train.recipe_file import read_recipe, to_yaml
+from loratlas.train.roles import cast, with_defaults
 from loratlas.train.run import RunSpec
 from loratlas.train.work import Work
 from loratlas.train.yaml_text import dump_value, parse_value
 
-TRAINABLE = [system.slug for system in (*systems(status="implemented"), *baselines()) if system.kind == "adapter"]
+KINDS = ("adapter", *PARTS)
+TRAINABLE = [system.slug for system in (*systems(status="implemented"), *baselines()) if system.kind in KINDS]
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -32,13 +34,16 @@ def written(tmp_path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("slug", TRAINABLE)
 def test_what_init_writes_is_what_a_run_without_options_does(slug: str, tmp_path: Path) -> None:
-    system = find(slug)
-    recipe = Recipe(slug, DEMO, DEMO, options=default_options(system))
+    recipe = with_defaults(make({"method": slug, "model": DEMO, "data": DEMO}))
     text = to_yaml(recipe, "title\n\nmore")
     assert read_recipe(written(tmp_path, text)) == recipe
-    assert option_problems(system, recipe.options) == []
-    for field in option_fields(system):
-        assert f"  {field.name}: " in text or f"  # {field.name}: null" in text or field.name not in recipe.options
+    members = cast(recipe).members
+    assert slug in {member.system.slug for member in members}
+    for system, options, _ in members:
+        assert options == default_options(system)
+        assert option_problems(system, options) == []
+        for field in option_fields(system):
+            assert f"  {field.name}: " in text or f"  # {field.name}: null" in text or field.name not in options
     assert max(map(len, text.splitlines())) <= 120
 
 

@@ -13,6 +13,8 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification
 
 from loratlas import UserError
+from loratlas.analysis.inspect import inspect_adapter
+from loratlas.analysis.ranks import rank_at
 from loratlas.train.data import TaskData, load_task
 from loratlas.train.progress import Progress
 from loratlas.train.results import RunResult
@@ -101,6 +103,19 @@ LAYERS = (
 )
 
 
+@pytest.mark.parametrize("method", ["increlora", "triadaptlora"])
+def test_a_run_tells_how_its_ranks_moved(bert: str, reviews: TaskData, tmp_path: Path, method: str) -> None:
+    result = run(spec(bert, tmp_path, method, steps=20, options={"r": 2}), reviews)
+    assert len(result.ranks) == 13
+    assert sum(layer["ranks"][-1] for layer in result.ranks) == 13 * 2
+    assert all(layer["steps"][0] == 0 and layer["ranks"][0] == 1 for layer in result.ranks)
+    assert {rank_at(layer, 20) for layer in result.ranks} > {1}
+    found = inspect_adapter(result.adapter_dir)
+    assert found.ranks == result.ranks
+    assert [layer.rank for layer in found.layers] == [layer["ranks"][-1] for layer in result.ranks]
+    assert inspect_adapter(run(spec(bert, tmp_path / "lora", "lora", steps=2), reviews).adapter_dir).ranks == []
+
+
 def test_runs_repeat_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Path) -> None:
     first, again = (run(spec(bert, tmp_path / name), reviews) for name in "ab")
     assert first.history == again.history
@@ -109,7 +124,7 @@ def test_runs_repeat_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Path) -
     assert other.history != first.history
 
 
-@pytest.mark.parametrize("method", ["lora", "pissa", "srlora", "lora-ga"])
+@pytest.mark.parametrize("method", ["lora", "pissa", "srlora", "lora-ga", "increlora"])
 def test_resume_continues_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Path, method: str) -> None:
     whole = run(spec(bert, tmp_path / "whole", method), reviews)
     broken = spec(bert, tmp_path / "broken", method, save_every=5)
@@ -125,6 +140,7 @@ def test_resume_continues_bit_for_bit(bert: str, reviews: TaskData, tmp_path: Pa
     assert resumed.history == whole.history
     assert resumed.evals[-1] == whole.evals[-1]
     assert resumed.events == whole.events
+    assert resumed.ranks == whole.ranks
     files = [(tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("whole", "broken")]
     assert files[0] == files[1]
 

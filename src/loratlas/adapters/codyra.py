@@ -113,7 +113,7 @@ def next_task(model: nn.Module, optimizer: Optimizer | None = None, adapter_name
     ranks = live_ranks(views).tolist()
     generator = torch.Generator().manual_seed(views[0].cfg.seed * 1_000_003 + int(views[0].tasks) + 1)
     for t in views:
-        gate = whole(t.gate.detach())
+        gate = whole(t.gates.detach())
         live = gate.nonzero().flatten()
         pairs.archive(t, whole(t.A.detach())[live], whole(t.B.detach())[:, live] * gate[live])
         _restart(t, generator)
@@ -127,12 +127,12 @@ def next_task(model: nn.Module, optimizer: Optimizer | None = None, adapter_name
 
 def _restart(t: View, generator: torch.Generator) -> None:
     """The start of `GatedMethod.init` with draws that are the same on every rank, and a new count of steps."""
-    a, gate = torch.empty(t.A.shape), torch.empty(t.gate.shape)
+    a, gate = torch.empty(t.A.shape), torch.empty(t.gates.shape)
     nn.init.kaiming_uniform_(a, a=5**0.5, generator=generator)
     nn.init.normal_(gate, generator=generator)
     write_(t.A, a.to(t.A))
     write_(t.B, torch.zeros(t.B.shape).to(t.B))
-    write_(t.gate, (torch.ones_like(gate) if t.cfg.gate_init == "ones" else gate).to(t.gate))
+    write_(t.gates, (torch.ones_like(gate) if t.cfg.gate_init == "ones" else gate).to(t.gates))
     t.tasks.add_(1)
     t.step.zero_()
     t.total_steps.zero_()

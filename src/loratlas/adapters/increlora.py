@@ -124,11 +124,13 @@ class IncreLora(GrowingMethod):
         if not cfg.restart_warmup:
             return ages
         warmup = self.plan(views, ctx.total_steps).interval if cfg.slot_warmup is None else cfg.slot_warmup
+        sizes, run = [len(t.born) for t in views], run_rate(ctx.group(views[0].A))
+        begun = torch.stack((torch.cat([t.drawn for t in views]), torch.cat([t.born for t in views])))
+        peaks = torch.cat([t.peak for t in views], dim=1)
+        pairs, values = restarted_rates(ctx.step, begun, peaks, run, warmup)
+        torch._foreach_copy_([t.peak for t in views], list(peaks.split(sizes, dim=1)))
         rates = []
-        for t in views:
-            run = run_rate(ctx.group(t.A))
-            pair = restarted_rates(ctx.step, t.drawn, t.peak[0], run, warmup)
-            value = restarted_rates(ctx.step, t.born, t.peak[1], run, warmup)
+        for t, pair, value in zip(views, pairs.split(sizes), values.split(sizes), strict=True):
             rates += [(t.A, 0, pair), (t.B, 1, pair), (t.E, 0, value)]
         return [*ages, slot_rates(rates)]
 

@@ -65,8 +65,8 @@ class Nola(LowRankMethod):
         return None
 
     def derive(self, t: View, weight: Callable[[], Tensor]) -> None:
-        # all zero: the file is still to be read
-        if not t.seeds.any() or (t.drawn is not None and torch.equal(t.drawn, t.seeds)):
+        # on meta nothing is known; all zero: the file is still to be read
+        if t.seeds.is_meta or not t.seeds.any() or (t.drawn is not None and torch.equal(t.drawn, t.seeds)):
             return
         made, place = {"drawn": t.seeds.clone()}, t.coef_A.device
         if t.cfg.variant == "lm":

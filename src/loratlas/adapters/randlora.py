@@ -24,6 +24,7 @@ from loratlas.engine.config import AtlasConfig, knob
 from loratlas.engine.method import Method, View
 from loratlas.engine.recompute import recomputed_linear, transformed
 from loratlas.engine.registry import adapter
+from loratlas.errors import UserError
 from loratlas.linalg.seeded import CHUNK, Stream
 
 _ALPHA = {"official": 2, "peft": 20}  # times r, where lora_alpha is None
@@ -131,7 +132,12 @@ def _unit_variance(drawn: Tensor) -> Tensor:
     # sums in fp64: the result must not depend on how many threads add
     size, total = drawn.numel(), drawn.sum(dtype=torch.float64)
     square = torch.linalg.vector_norm(drawn, dtype=torch.float64).square()
-    return drawn.div_(float(((square - total.square() / size) / (size - 1)).sqrt()))
+    variance = float((square - total.square() / size) / max(size - 1, 1))
+    if variance > 0.0:
+        return drawn.div_(variance**0.5)
+    if not drawn.any():
+        raise UserError("a sparse basis of layers as small as these came out as zeros: use basis='dense'.")
+    return drawn.sign_()  # a single entry
 
 
 @adapter(RandLora())

@@ -14,7 +14,9 @@ import loratlas
 from loratlas.engine.folder import PREFIX, read_config, read_tensors
 from loratlas.errors import UserError
 
-__all__ = ["PREFIX", "AdapterFolder", "find_adapter", "read_adapter"]
+__all__ = ["MODEL", "PREFIX", "AdapterFolder", "find_adapter", "find_whole_model", "read_adapter"]
+
+MODEL = "model"  # in the folder of a run that trained the base model's own weights
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +26,14 @@ class AdapterFolder:
     directory: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
+
+
+def find_whole_model(path: str | os.PathLike[str]) -> Path | None:
+    """The folder of a whole model that `path` means: itself, or model/ in the folder of a run. None for an adapter."""
+    for folder in (Path(path), Path(path) / MODEL):
+        if (folder / "config.json").is_file() and not (folder / CONFIG_NAME).is_file():
+            return folder
+    return None
 
 
 def find_adapter(path: str | os.PathLike[str]) -> Path:
@@ -44,6 +54,12 @@ def find_adapter(path: str | os.PathLike[str]) -> Path:
         for folder in found
         if not any("checkpoint" in part or part.startswith(".") for part in folder.relative_to(root).parts)
     ]
+    whole = find_whole_model(root) if not final else None
+    if whole is not None:
+        raise UserError(
+            f"{whole} is a whole model, not an adapter: from_pretrained of transformers loads it as it is, and it has "
+            "no LoRA form."
+        )
     if not final:
         raise UserError(f"{root} holds no adapter ({CONFIG_NAME} is missing): give a folder that PEFT has saved.")
     if len(final) > 1:

@@ -23,12 +23,17 @@ loratlas compare peft-lora srlora --model FacebookAI/roberta-base --data glue:co
 
 loratlas compare lora srlora --demo --seeds 3 --lr-grid 1e-3,3e-3 --set r=4 --set srlora.r_target=64
 
+loratlas compare lora lora+lora-pro galore lisa --demo
+
 loratlas compare lora srlora --model my/model --data reviews.csv --processes 2 --base-task pairs.jsonl
 """
 
 
 def compare(
-    methods: Annotated[list[str], typer.Argument(help="Slugs of `loratlas methods`, or lora, pissa, peft-lora.")],
+    methods: Annotated[
+        list[str],
+        typer.Argument(help="Slugs of `loratlas methods`, or lora, pissa, peft-lora; together as srlora+lora-pro."),
+    ],
     demo: options.Demo = False,
     model: options.Model = None,
     settings: options.Set = None,
@@ -124,7 +129,7 @@ def compare(
         from loratlas.train.console import ConsoleProgress, leaderboard
         from loratlas.train.forgetting import BaseTask
         from loratlas.train.report import check_plotly, write_report
-        from loratlas.train.run import RunSpec
+        from loratlas.train.spec import RunSpec
         from loratlas.train.stages import RESULTS
 
         check_plotly()

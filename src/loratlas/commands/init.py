@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from loratlas.commands import options
 from loratlas.commands.output import console, error_console
 from loratlas.errors import UserError
 
 if TYPE_CHECKING:
-    from loratlas.catalog import System
+    from loratlas.train.roles import Cast
 
 EXAMPLES = """[bold]Examples[/]
 
@@ -19,14 +20,20 @@ loratlas init srlora --out srlora.yaml
 
 loratlas init lora > lora.yaml
 
+loratlas init srlora --optimizer lora-pro
+
 loratlas train srlora.yaml
 """
 
 
 def init(
     method: Annotated[
-        str, typer.Argument(metavar="METHOD", help="A slug of `loratlas methods`, or lora, pissa, peft-lora.")
+        str,
+        typer.Argument(metavar="METHOD", help="A slug of `loratlas methods`, or lora, pissa, peft-lora."),
     ],
+    optimizer: options.Optimizer = None,
+    objective: options.Objective = None,
+    strategy: options.Strategy = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="File to write. Else the recipe is printed.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out if it exists.")] = False,
 ) -> None:
@@ -38,13 +45,15 @@ def init(
         raise UserError(f"{out} exists already: choose another --out, or add --overwrite to replace it.")
     with error_console().status(f"reading the options of {method}"):
         from loratlas.files import write_text
-        from loratlas.train.methods import default_options, trainable
-        from loratlas.train.recipe import DEMO, Recipe
+        from loratlas.train.recipe import DEMO
+        from loratlas.train.recipe_check import make
         from loratlas.train.recipe_file import to_yaml
+        from loratlas.train.roles import cast, with_defaults
 
-        system = trainable(method)
-        recipe = Recipe(method, DEMO, DEMO, options=default_options(system))
-        text = to_yaml(recipe, _title(system, out or Path(f"{method}.yaml")))
+        named = {"method": method, "optimizer": optimizer, "objective": objective, "strategy": strategy}
+        recipe = with_defaults(make({**named, "model": DEMO, "data": DEMO}))
+        members = cast(recipe)
+        text = to_yaml(recipe, _title(members, out or Path(f"{members.name}.yaml")))
     if out is None:
         typer.echo(text, nl=False)
         return
@@ -52,11 +61,11 @@ def init(
     console().print(f"Recipe: {out}\nRun it: loratlas train {out}", markup=False, soft_wrap=True)
 
 
-def _title(system: System, file: Path) -> str:
+def _title(members: Cast, file: Path) -> str:
+    systems = [member.system for member in members.members]
     return (
-        f"{system.name} (https://arxiv.org/abs/{system.paper})\n"
-        f"{system.summary}\n\n"
-        f"  loratlas train {file}                run it\n"
+        "".join(f"{each.name} (https://arxiv.org/abs/{each.paper})\n{each.summary}\n\n" for each in systems)
+        + f"  loratlas train {file}                run it\n"
         f"  loratlas train {file} --steps 500    change a value for one run\n\n"
         'A line like "# name: null" is an option that is not set.'
     )

@@ -24,12 +24,24 @@ Demo = Annotated[
 Model = Annotated[
     str | None, typer.Option(metavar="MODEL", help="Base model: hub id or folder.", rich_help_panel=_MODEL)
 ]
+Optimizer = Annotated[
+    str | None,
+    typer.Option(metavar="SLUG", help="Optimizer of the catalogue. Else AdamW.", rich_help_panel=_MODEL),
+]
+Objective = Annotated[
+    str | None,
+    typer.Option(metavar="SLUG", help="Objective of the catalogue. Else the task's own loss.", rich_help_panel=_MODEL),
+]
+Strategy = Annotated[
+    str | None,
+    typer.Option(metavar="SLUG", help="Strategy of the catalogue: what trains when.", rich_help_panel=_MODEL),
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="NAME=VALUE",
-        help="Option of the method, as r=16 or gamma=0.25; several times for several.",
+        metavar="[SLUG.]NAME=VALUE",
+        help="Option of the method, as r=16, or of what the slug says, as srlora.gamma=0.25; several times.",
         rich_help_panel=_MODEL,
     ),
 ]
@@ -172,12 +184,17 @@ def _source(ctx: typer.Context, name: str) -> str | None:
     return None if source is None else source.name
 
 
-def parse_settings(pairs: list[str] | None, methods: list[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """--set values as ({option for all: value}, {slug: {option for it alone: value}}); "slug.name=value" is for one.
+def parse_settings(
+    pairs: list[str] | None, methods: list[str] | None = None
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """--set values as ({option of the method: value}, {slug: {option for it alone: value}}).
+
+    methods: where all that take part are known; plain LoRA may always join.
 
     Raises:
-        UserError: not NAME=VALUE, or a value that is not YAML.
+        UserError: not NAME=VALUE, a value that is not YAML, or a slug that takes no part in `methods`.
     """
+    known = {"lora", *(slug for method in methods or () for slug in method.split("+"))}
     shared: dict[str, Any] = {}
     own: dict[str, dict[str, Any]] = {}
     for pair in pairs or ():
@@ -188,11 +205,11 @@ def parse_settings(pairs: list[str] | None, methods: list[str]) -> tuple[dict[st
             value = parse_value(text)
         except ValueError:
             raise UserError(f"--set {pair}: the value is not YAML; quote it.") from None
-        method, dot, option = name.partition(".")
-        if dot and method in methods:
-            own.setdefault(method, {})[option] = value
-        elif dot:
-            raise UserError(f"--set {pair}: {method} is not among the methods {', '.join(methods)}.")
+        slug, dot, option = name.partition(".")
+        if dot and methods is not None and slug not in known:
+            raise UserError(f"--set {pair}: {slug} is not among the methods {', '.join(methods)}.")
+        if dot:
+            own.setdefault(slug, {})[option] = value
         else:
             shared[name] = value
     return shared, own

@@ -26,6 +26,10 @@ loratlas init srlora --out srlora.yaml; loratlas train srlora.yaml --steps 500
 loratlas train srlora --model FacebookAI/roberta-base --data glue:sst2
 
 loratlas train lora --model my/model --data stars.csv --task regression
+
+loratlas train srlora --optimizer lora-pro --objective ba-lora --demo
+
+loratlas train lisa --demo
 """
 
 
@@ -35,11 +39,15 @@ def train(
         str,
         typer.Argument(
             metavar="METHOD",
-            help="A slug of `loratlas methods`, or lora, pissa, peft-lora; or a recipe of `loratlas init` (.yaml).",
+            help="A slug of `loratlas methods`, or lora, pissa, peft-lora; several as srlora+lora-pro; or a recipe of "
+            "`loratlas init` (.yaml).",
         ),
     ],
     demo: options.Demo = False,
     model: options.Model = None,
+    optimizer: options.Optimizer = None,
+    objective: options.Objective = None,
+    strategy: options.Strategy = None,
     settings: options.Set = None,
     data: options.Data = None,
     test: options.Test = None,
@@ -67,19 +75,22 @@ def train(
 ) -> None:
     """Fine-tune a model with one method.
 
-    Writes the adapter (for PEFT), result.json and config.yaml, the recipe.
+    Writes the adapter (for PEFT), result.json and config.yaml, the recipe. A method that trains the base model's own
+    weights (galore, lisa) writes the whole model; an optimizer or objective that needs an adapter runs on plain LoRA.
     """
     if resume and out is None:
         raise UserError("--resume needs --out: the directory of the run to go on with.")
     recipe = _recipe(method, options.typed(ctx), settings, demo=demo)
     with error_console().status("reading model and data"):
         from loratlas.train.console import ConsoleProgress
+        from loratlas.train.output import prepare_output
         from loratlas.train.reporters import check_reporters
-        from loratlas.train.run import ADAPTER, prepare_output, run
+        from loratlas.train.roles import cast
+        from loratlas.train.run import run
         from loratlas.train.stop import Stop, Stopped
 
         check_reporters(recipe.report_to)
-        directory = options.output_directory(out, recipe.method)
+        directory = options.output_directory(out, cast(recipe).name)
         work = recipe.work()
         loaded = work.load()
         if not resume:
@@ -100,8 +111,8 @@ def train(
         console().print(_summary(result), markup=False, soft_wrap=True)
     if result.diverged_at is not None:
         raise UserError(
-            f"the loss or gradient was not finite at step {result.diverged_at}: the adapter of the step before is in "
-            f"{directory / ADAPTER}; try a lower --learning-rate than {result.learning_rate:g}."
+            f"the loss or gradient was not finite at step {result.diverged_at}: the state after the step before is in "
+            f"{result.adapter_dir or result.model_dir}; try a lower --learning-rate than {result.learning_rate:g}."
         )
 
 
@@ -116,25 +127,29 @@ def _go_on(arguments: list[str], directory: Path) -> str:
 def _recipe(method: str, typed: dict[str, Any], settings: list[str] | None, *, demo: bool) -> Recipe:
     """The recipe of a file or of the command line alone; what was typed comes before what the file says."""
     from loratlas.train.recipe import DEMO
-    from loratlas.train.recipe_check import make
+    from loratlas.train.recipe_check import make, merged, placed
     from loratlas.train.recipe_file import SUFFIXES, read_recipe
 
-    shared, own = options.parse_settings(settings, [method])
-    chosen = {**shared, **own.get(method, {})}
-    values = {**({"model": DEMO, "data": DEMO} if demo else {}), **typed, **({"options": chosen} if chosen else {})}
+    shared, own = options.parse_settings(settings)
+    values = {**({"model": DEMO, "data": DEMO} if demo else {}), **typed, **({"options": shared} if shared else {})}
     if method.endswith(SUFFIXES):
-        return read_recipe(method, values)
+        return read_recipe(method, values, own)
     options.require_work(values.get("model"), values.get("data"))
-    return make({**values, "method": method})
+    named = {**values, "method": method}
+    return make(merged(named, placed(named, own)))
 
 
 def _summary(result: RunResult) -> str:
     share = result.trainable_parameters / result.total_parameters
-    return (
+    lines = [
         f"{result.label}: {result.metric} {result.final:.4f} after {result.steps} steps at learning rate "
         f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}), "
-        f"{1000 * result.step_seconds:.0f} ms a step.\n"
-        f"Adapter: {result.adapter_dir}\n"
-        f"Try it:  loratlas try {result.adapter_dir}\n"
-        f"Ship it: loratlas export {result.adapter_dir} --to lora --out {result.adapter_dir}-lora"
-    )
+        f"{1000 * result.step_seconds:.0f} ms a step.",
+        *result.remarks,
+    ]
+    if result.model_dir:
+        lines += [f"Model:   {result.model_dir}", f"Try it:  loratlas try {result.model_dir}"]
+    else:
+        lines += [f"Adapter: {result.adapter_dir}", f"Try it:  loratlas try {result.adapter_dir}"]
+        lines += [f"Ship it: loratlas export {result.adapter_dir} --to lora --out {result.adapter_dir}-lora"]
+    return "\n".join(lines)

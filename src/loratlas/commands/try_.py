@@ -1,4 +1,4 @@
-"""`loratlas try`: answers of a trained adapter, beside those of its base model."""
+"""`loratlas try`: answers of a trained adapter or model, beside those of its base model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ loratlas try runs/photos cat.png dog.png
 def try_(
     directory: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="An adapter folder, or the output directory of `loratlas train`."),
+        typer.Argument(metavar="DIR", help="An adapter or model folder, or the output directory of `loratlas train`."),
     ],
     texts: Annotated[
         list[str] | None,
@@ -50,15 +50,15 @@ def try_(
     ] = 40,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a line.")] = False,
 ) -> None:
-    """Ask a trained adapter, and see what the base model says without it.
+    """Ask a trained adapter or model, and see what the base model says without it.
 
     Without TEXT it reads lines: typed (an empty one ends) or from a pipe.
     """
     with error_console().status("loading the adapter on its base model"):
-        from loratlas.analysis.adapter_folder import read_adapter
+        from loratlas.analysis.adapter_folder import find_whole_model, read_adapter
         from loratlas.train.answer import Answerer
 
-        answerer = Answerer(read_adapter(directory), base, max_new_tokens)
+        answerer = Answerer(find_whole_model(directory) or read_adapter(directory), base, max_new_tokens)
     if answerer.new and not as_json:
         error_console().print(
             "The base model has no head for this task, so there is no answer of its own to show.", style="dim"

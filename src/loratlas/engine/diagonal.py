@@ -82,8 +82,8 @@ class DiagonalMethod(LowRankMethod):
         t.probe.copy_(probe(left, right))
 
     def derive(self, t: View, weight: Callable[[], Tensor]) -> None:
-        # without a source the file is still to be read
-        if t.cfg.save_bases or not t.source.any():
+        # on meta nothing is known; without a source the file is still to be read
+        if t.cfg.save_bases or t.source.is_meta or not t.source.any():
             return
         matrix = weight()
         if not torch.equal(fingerprint(matrix).to(t.source.device), t.source):

@@ -39,13 +39,13 @@ class GatedMethod(LowRankMethod):
     """Plain LoRA with gates. Subclasses say in `after_step` when gates shrink."""
 
     kinds: ClassVar[tuple[str, ...]] = ("linear", "conv1d", "conv2d")
-    params: ClassVar[tuple[str, ...]] = ("A", "B", "gate")
+    params: ClassVar[tuple[str, ...]] = ("A", "B", "gates")
     buffers: ClassVar[tuple[str, ...]] = (rank_log.LOG,)
     growing: ClassVar[tuple[str, ...]] = (rank_log.LOG,)
-    undecayed: ClassVar[tuple[str, ...]] = ("gate",)
+    undecayed: ClassVar[tuple[str, ...]] = ("gates",)
 
     def shapes(self, cfg: Any, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
-        return {"A": (r, n_in), "B": (n_out, r), "gate": (r,), rank_log.LOG: (0, 2)}
+        return {"A": (r, n_in), "B": (n_out, r), "gates": (r,), rank_log.LOG: (0, 2)}
 
     def dtypes(self) -> dict[str, torch.dtype]:
         return {rank_log.LOG: torch.int64}
@@ -56,21 +56,21 @@ class GatedMethod(LowRankMethod):
         if t.cfg.init_weights is False:
             nn.init.kaiming_uniform_(t.B, a=5**0.5)
         if t.cfg.gate_init == "ones":
-            nn.init.ones_(t.gate)
+            nn.init.ones_(t.gates)
         else:
-            nn.init.normal_(t.gate)
+            nn.init.normal_(t.gates)
         rank_log.note(t, 0, t.r)
         return None
 
     def factors(self, t: View) -> Factors:
-        return Factors(t.A, t.B * (t.gate * t.scaling))
+        return Factors(t.A, t.B * (t.gates * t.scaling))
 
     def exported(self, t: View) -> Factors:
         return live_pairs(t, t.scaling)
 
     def shrink(self, views: Sequence[View], ctx: StepContext, xi: float) -> None:
         """Apply the threshold `xi` to all gates, and write down now and then how many are left."""
-        threshold_([t.gate.detach() for t in views], xi, views[0].cfg.threshold)
+        threshold_([t.gates.detach() for t in views], xi, views[0].cfg.threshold)
         if rank_log.due(ctx):
             rank_log.note_all(views, ctx.step, live_ranks(views))
 
@@ -97,8 +97,8 @@ class GatedConfig(AtlasConfig):
 
 def live_pairs(t: View, scaling: float) -> Factors:
     """s B diag(g) A of the pairs whose gate is open."""
-    live = t.gate.nonzero().flatten()
-    return Factors(t.A[live], t.B[:, live] * (t.gate[live] * scaling))
+    live = t.gates.nonzero().flatten()
+    return Factors(t.A[live], t.B[:, live] * (t.gates[live] * scaling))
 
 
 def threshold_(gates: Sequence[Tensor], xi: float, mode: str) -> None:
@@ -117,11 +117,11 @@ def threshold_(gates: Sequence[Tensor], xi: float, mode: str) -> None:
 
 def live_ranks(views: Iterable[View]) -> Tensor:
     """Number of open gates of every layer, (layers,) int64. Call it on every rank."""
-    gates = [t.gate.detach() for t in views]
+    gates = [t.gates.detach() for t in views]
     whole = gather([local(gate) for gate in gates], gates)
     return torch.stack([gate.count_nonzero().to(whole[0].device) for gate in whole])
 
 
 def sparsity_loss(views: Sequence[View]) -> Tensor:
     """Mean of |g| over all gates of all layers."""
-    return torch.cat([t.gate for t in views]).abs().mean()
+    return torch.cat([t.gates for t in views]).abs().mean()

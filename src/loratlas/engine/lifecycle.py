@@ -41,6 +41,7 @@ class StepContext:
         total_steps: planned number of steps, 0 if unknown. A resumed run keeps the number first planned.
         optimizer: the torch optimizer.
         scratch: a dictionary for what `before_step` leaves for `after_step`.
+        memo: a dictionary for what `begin` reads off tensors, so that steps need not wait for the device to know it.
     """
 
     def __init__(self, optimizer: Optimizer, step: int, total_steps: int) -> None:
@@ -48,6 +49,7 @@ class StepContext:
         self.step = step
         self.total_steps = total_steps
         self.scratch: dict[Any, Any] = {}
+        self.memo: dict[Any, Any] = {}
         self._groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
 
     def generator(self, seed: int) -> torch.Generator:
@@ -158,7 +160,7 @@ class Lifecycle:
 
     def add_losses(self, output: Any) -> Any:
         """The model's output with the methods' terms added to its loss, if it has one."""
-        loss = output["loss"] if isinstance(output, dict) else getattr(output, "loss", None)
+        loss = output.get("loss") if isinstance(output, dict) else getattr(output, "loss", None)
         if loss is not None:
             output["loss"] = loss + self.terms()
         return output

@@ -49,6 +49,7 @@ class AtlasModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._warned: set[str] = set()
         config: Any = self.peft_config[adapter_name]
+        self._refuse_own_names(config)
         if getattr(config, "target_modules", None) == "all-linear":
             self._name_what_all_linear_misses(model)
         try:
@@ -80,6 +81,17 @@ class AtlasModel(BaseTuner):
                 f"such as {stacked[0]}): they stay frozen.",
                 stacklevel=2,
             )
+
+    def _refuse_own_names(self, config: Any) -> None:
+        """PEFT looks for modules_to_save by how a path ends, dots or not, and would wrap our tensors as well."""
+        method = self.method
+        own = [self.prefix + name for name in (*method.params, *method.buffers, *method.derived)]
+        for wanted in getattr(config, "modules_to_save", None) or ():
+            if any(name.endswith(wanted) for name in own):
+                raise UserError(
+                    f"modules_to_save: {wanted!r} is also how a tensor of {method.name} is called; give more of the "
+                    f"module's path, such as 'mlp.{wanted}'."
+                )
 
     def _candidates(self, model: nn.Module) -> list[str]:
         quantization = get_quantization_kwargs(self)

@@ -65,7 +65,8 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
         (1 - beta1^t) / (1 - beta1^k) * (sqrt(v / (1 - beta2^t)) + eps) / (sqrt(v / (1 - beta2^k)) + eps)
 
     with its second moment v. Decoupled weight decay is not part of the change. Optimizers that count no steps, such as
-    SGD, treat slices of every age alike and need no correction.
+    SGD, treat slices of every age alike and need no correction; those whose moments are of no single slice (see
+    `check_treatment`) can have none.
 
     Args:
         param: the parameter; dim: its slot dimension.
@@ -84,7 +85,7 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
     def correct() -> None:
         group, state = ctx.group(param), ctx.state(param)
         second = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
-        if "betas" not in group or "step" not in state or second is None:
+        if not group.get("slot_moments", True) or "betas" not in group or "step" not in state or second is None:
             return
         beta1, beta2 = (float(beta) for beta in group["betas"])
         t = float(state["step"])

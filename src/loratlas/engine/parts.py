@@ -117,5 +117,7 @@ class StrategyConfig(Part):
         """A TrainerCallback with `attach(model, optimizer, total_steps)` and `detach()`.
 
         In a plain loop `attach` registers what it needs as hooks of `optimizer.step`, as `lifecycle.attach` does.
+        Where it has them, `forecast(model, total_steps)` and `remarks()` give sentences for the user, before and after
+        training.
         """
         raise NotImplementedError

@@ -45,7 +45,9 @@ class Shared(BufferDict):
         # torch would copy into the tensor, which may be another adapter's as well
         for name, own in list(self.items()):
             value = state_dict.get(prefix + name)
-            if value is not None and value.shape == own.shape and not _equal(own, value):
+            if value is None or value.shape != own.shape or own.is_meta:
+                continue
+            if not _equal(own, value):
                 self.put(name, value.detach().to(own, copy=True))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -63,15 +65,15 @@ def for_file(chosen: dict[str, Tensor], method: Method, config: Any, prefix: str
     kept = dict(chosen)
     for name in method.shared:
         ending = f".{prefix}{name}.{adapter}"
-        keys = [key for key in chosen if key.endswith(ending)]
-        for key in keys[1:]:
-            del kept[key]
+        found = {key.removesuffix(ending): kept.pop(key) for key in chosen if key.endswith(ending)}
+        if not found:
+            continue
+        path, value = next(iter(found.items()))
         # an empty tensor stands in for one that is still to be gathered (see `distributed`)
-        if keys and name in method.drawn_again(config) and chosen[keys[0]].numel():
-            del kept[keys[0]]
-            kept[f"{keys[0].removesuffix(ending)}.{prefix}{name}{_FINGERPRINT}.{adapter}"] = fingerprint(
-                chosen[keys[0]]
-            )
+        if name in method.drawn_again(config) and value.numel():
+            kept[f"{path}.{prefix}{name}{_FINGERPRINT}.{adapter}"] = fingerprint(value)
+        else:
+            kept[path + ending] = value
     return kept
 
 

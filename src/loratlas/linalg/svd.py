@@ -71,7 +71,7 @@ def top_svd(
         else:
             wide = matrix if m <= n else matrix.T
             if method == "gram":
-                basis = _gram_basis(wide, k, seed)
+                basis = gram_basis(wide, k, seed)
             else:
                 extra = max(k, _MIN_OVERSAMPLE) if oversample is None else oversample
                 basis = _range_basis(wide, min(k + extra, m, n), niter, seed)
@@ -163,7 +163,7 @@ def _gram(wide: Tensor) -> Tensor:
     return gram
 
 
-def _gram_basis(wide: Tensor, k: int, seed: int) -> Tensor:
+def gram_basis(wide: Tensor, k: int, seed: int) -> Tensor:
     """The k leading eigenvectors of W W^T for wide W (d, n), in float64: (d, k), orthonormal."""
     gram = _gram(wide)
     leading = chebyshev.leading_eigenvectors(gram, k, seed) if chebyshev.pays(wide.shape[0], k) else None

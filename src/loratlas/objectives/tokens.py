@@ -7,9 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from loratlas.engine.relative_fisher import IGNORED
 from loratlas.errors import UserError
-
-IGNORED = -100  # the label that cross entropy leaves out
 
 
 def labels_of(inputs: Mapping[str, Any], who: str) -> Tensor:

@@ -1,8 +1,9 @@
-"""A saved adapter on its base model, both loaded from disk."""
+"""A saved adapter on its base model, or a whole model and its base, loaded from disk."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,22 +58,46 @@ def load_both(folder: AdapterFolder, base: str | None = None) -> tuple[PeftModel
         raise UserError(f"the adapter in {folder.directory} does not fit on {name!r}: {reason}") from None
 
 
+def load_whole(directory: Path, base: str) -> tuple[Any, Any, list[str]]:
+    """The whole model in `directory`, its base model in the same form, and the names of tensors that the base has not.
+
+    Raises:
+        UserError: one of them cannot be loaded.
+    """
+    try:
+        config = AutoConfig.from_pretrained(directory)
+        cls = getattr(transformers, next(iter(config.architectures or ("AutoModel",))))
+        trained = cls.from_pretrained(directory, dtype="auto")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"the model in {directory} could not be loaded: {str(error).strip().splitlines()[0]}") from None
+    try:
+        return trained, *_with_new(cls, base, copy.deepcopy(config), None, mismatched=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the base model {base!r} could not be loaded ({reason}): give another with --base.") from None
+
+
 def _load_base(folder: AdapterFolder, name: str) -> tuple[Any, list[str]]:
     config = AutoConfig.from_pretrained(name, revision=folder.config.get("revision"))
     cls = _model_class(folder, config)
     labels = _label_count(folder, cls, config)
     if labels is not None:
         config.num_labels = labels
+    # a head for other labels gives way to the saved one
+    return _with_new(cls, name, config, folder.config.get("revision"), mismatched=labels is not None)
+
+
+def _with_new(cls: Any, name: str, config: Any, revision: str | None, *, mismatched: bool) -> tuple[Any, list[str]]:
+    """The model, and the names of its tensors that the files do not hold; mismatched: those of other shapes count."""
     model, info = cls.from_pretrained(
         name,
         config=config,
-        revision=folder.config.get("revision"),
+        revision=revision,
         dtype="auto",
-        ignore_mismatched_sizes=labels is not None,  # a head for other labels gives way to the saved one
+        ignore_mismatched_sizes=mismatched,
         output_loading_info=True,
     )
-    mismatched = [entry[0] for entry in info["mismatched_keys"]]
-    return model, sorted({*info["missing_keys"], *mismatched})
+    return model, sorted({*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])})
 
 
 def _model_class(folder: AdapterFolder, config: Any) -> Any:

@@ -1,8 +1,7 @@
-"""A trained adapter at work: its answers to single inputs, beside those of the base model."""
+"""A trained adapter or model at work: its answers to single inputs, beside those of the base model."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from transformers import AutoImageProcessor, AutoTokenizer
 
 from loratlas.analysis.adapter_folder import AdapterFolder
 from loratlas.errors import UserError
-from loratlas.train.adapted import load_both
+from loratlas.train.adapted import load_both, load_whole
 from loratlas.train.encode import load_processor
-from loratlas.train.run import TASK
+from loratlas.train.output import read_note
 from loratlas.train.tasks import TASKS
 
 _TOP = 3
@@ -40,27 +39,42 @@ class Answer:
 
 
 class Answerer:
-    """An adapter on its base model, for inference.
+    """A trained adapter or model beside its base model, for inference.
+
+    Args:
+        source: an adapter, or the folder of a whole model (`find_whole_model`).
+        base: name or path of the base model; None takes the one that the files name.
 
     Attributes:
         task: one of `tasks.TASKS`.
         new: tensors that the base model's files do not have: its head is random, and it has no answer for this task.
 
     Raises:
-        UserError: see `adapted.load_adapted`; no tokenizer or image processor; a task without answers.
+        UserError: see `adapted`; a whole model without a note of its base; no tokenizer or image processor; a task
+            without answers.
     """
 
-    def __init__(self, folder: AdapterFolder, base: str | None = None, max_new_tokens: int = 40) -> None:
-        self.model, self.new = load_both(folder, base)
-        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    def __init__(self, source: AdapterFolder | Path, base: str | None = None, max_new_tokens: int = 40) -> None:
+        self.base: Any = None  # of an adapter it is the model with the adapter off
+        if isinstance(source, AdapterFolder):
+            self.model: Any
+            self.model, self.new = load_both(source, base)
+            directory, (kind, architecture) = source.directory, _kind(source)
+        else:
+            self.model, self.base, self.new = load_whole(source, base or _base_of(source))
+            directory, kind, architecture = source, "", type(self.model).__name__
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for model in (self.model, self.base):
+            if model is not None:
+                model.to(device).eval()
         self.max_new_tokens = max_new_tokens
-        self.task, labels = _task(folder, self.model.config)
+        self.task, labels = _task(directory, kind, architecture, self.model.config)
         self.labels = labels or list(map(str, (self.model.config.id2label or {}).values()))
         cls = AutoImageProcessor if self.task == "image-classification" else AutoTokenizer
-        self.processor = _processor(cls, folder, self.model.config._name_or_path)
+        self.processor = _processor(cls, directory, self.model.config._name_or_path)
 
     def answer(self, item: str) -> tuple[Answer | None, Answer]:
-        """(base, adapted); the base's is None if its head is new.
+        """(base, trained); the base's is None if its head is new.
 
         Args:
             item: a text, two texts with a tab between, or the path of an image.
@@ -70,11 +84,13 @@ class Answerer:
         """
         inputs = self._encoded(item)
         with torch.inference_mode():
-            adapted = self._one(inputs)
+            trained = self._one(self.model, inputs)
             if self.new:
-                return None, adapted
+                return None, trained
+            if self.base is not None:
+                return self._one(self.base, inputs), trained
             with self.model.disable_adapter():
-                return self._one(inputs), adapted
+                return self._one(self.model, inputs), trained
 
     def _encoded(self, item: str) -> Any:
         if self.task == "image-classification":
@@ -85,17 +101,17 @@ class Answerer:
             inputs = self.processor(*item.split("\t", 1), truncation=True, return_tensors="pt")
         return inputs.to(self.model.device)
 
-    def _one(self, inputs: Any) -> Answer:
+    def _one(self, model: Any, inputs: Any) -> Answer:
         if self.task == "causal-lm":
-            return Answer(text=self._continued(inputs))
-        logits = self.model(**inputs).logits[0].float()
+            return Answer(text=self._continued(model, inputs))
+        logits = model(**inputs).logits[0].float()
         if self.task == "regression":
             return Answer(value=float(logits[0]))
         return _ranked(logits, self.labels)
 
-    def _continued(self, inputs: Any) -> str:
+    def _continued(self, model: Any, inputs: Any) -> str:
         pad = self.processor.pad_token_id
-        tokens = self.model.generate(
+        tokens = model.generate(
             **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
@@ -110,17 +126,25 @@ def _ranked(logits: Tensor, labels: list[str]) -> Answer:
     return Answer(label=top[0][0], top=tuple(top))
 
 
-def _task(folder: AdapterFolder, config: Any) -> tuple[str, list[str] | None]:
+def _kind(folder: AdapterFolder) -> tuple[str, str]:
+    """PEFT's task type and the class of the base model, as far as the adapter's config says."""
+    return str(folder.config.get("task_type") or ""), str(
+        (folder.config.get("auto_mapping") or {}).get("base_model_class") or ""
+    )
+
+
+def _base_of(directory: Path) -> str:
+    base = (read_note(directory) or {}).get("base_model")
+    if not base:
+        raise UserError(f"{directory} does not say its base model: give it with --base.")
+    return str(base)
+
+
+def _task(directory: Path, kind: str, architecture: str, config: Any) -> tuple[str, list[str] | None]:
     """The task and the names of its classes, from the note that a run leaves, else from the model's class."""
-    note = folder.directory / TASK
-    if note.is_file():
-        try:
-            stored = json.loads(note.read_text(encoding="utf-8"))
-            return stored["task"], stored["labels"]
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{note} is damaged: copy the adapter again, or remove the file.") from None
-    kind = str(folder.config.get("task_type") or "")
-    architecture = str((folder.config.get("auto_mapping") or {}).get("base_model_class") or "")
+    note = read_note(directory)
+    if note is not None:
+        return note["task"], note["labels"]
     if kind == "CAUSAL_LM" or architecture.endswith(("ForCausalLM", "LMHeadModel")):
         return "causal-lm", None
     if architecture.endswith("ForImageClassification"):
@@ -128,15 +152,14 @@ def _task(folder: AdapterFolder, config: Any) -> tuple[str, list[str] | None]:
     if kind == "SEQ_CLS" or architecture.endswith("ForSequenceClassification"):
         return ("regression" if config.num_labels == 1 else "text-classification"), None
     raise UserError(
-        f"{folder.directory} is for {kind or architecture or 'an unknown task'}; answers can be tried for "
-        f"{', '.join(TASKS)}."
+        f"{directory} is for {kind or architecture or 'an unknown task'}; answers can be tried for {', '.join(TASKS)}."
     )
 
 
-def _processor(cls: Any, folder: AdapterFolder, base: str) -> Any:
-    """The one saved with the adapter; that of the base model if there is none."""
+def _processor(cls: Any, directory: Path, base: str) -> Any:
+    """The one saved with the weights; that of the base model if there is none."""
     try:
-        return load_processor(cls, str(folder.directory))
+        return load_processor(cls, str(directory))
     except UserError:
         return load_processor(cls, base)
 

@@ -1,4 +1,4 @@
-"""The model card of a trained adapter: the README.md that the hub shows, in place of PEFT's empty form."""
+"""The model card of a trained adapter or model: the README.md that the hub shows, in place of PEFT's empty form."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from loratlas.catalog import System
     from loratlas.train.data import TaskData
     from loratlas.train.results import RunResult
+    from loratlas.train.roles import Cast, Member
 
 _PIPELINES = {
     "text-classification": "text-classification",
@@ -26,33 +27,41 @@ _CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
 }
 
+_LOAD = 'from_pretrained("path/to/this/folder")'
 
-def model_card(result: RunResult, system: System, task: TaskData) -> str:
-    """Front matter that the hub accepts, then what the adapter is, what it reached, how to load and ship it."""
+
+def model_card(result: RunResult, cast: Cast, task: TaskData) -> str:
+    """Front matter that the hub accepts, then what was trained and how, what it reached, how to load and ship it."""
     base = _hub_id(result, task)
     data = _dataset(task)
     front = ModelCardData(
         base_model=base,
-        library_name="peft",
+        library_name="peft" if cast.adapter else "transformers",
         pipeline_tag=_PIPELINES.get(task.task),
         datasets=[data] if data else None,
         metrics=[_hub_metric(result.metric)],
-        tags=["peft", "loratlas", result.method],
+        tags=[*(["peft"] if cast.adapter else []), "loratlas", *(each.system.slug for each in cast.members)],
     )
-    parts = (_heading(result, system, base), _results(result), _use(result, system, task, base), _training(result))
+    parts = (_heading(result, cast, base), _results(result), _use(result, cast, task, base), _training(result))
     return f"---\n{front.to_yaml()}\n---\n\n" + "\n\n".join(parts) + "\n"
 
 
-def _heading(result: RunResult, system: System, base: str | None) -> str:
+def _heading(result: RunResult, cast: Cast, base: str | None) -> str:
+    kind = "adapter of" if cast.adapter else "fine-tuning of"
     model = f"[{base}](https://huggingface.co/{base})" if base else f"`{result.model}`"
     return (
-        f"# {system.name} adapter of {(base or Path(result.model).name)}\n\n"
-        f"{system.summary} Method: [{system.name}, arXiv {system.paper}](https://arxiv.org/abs/{system.paper}).\n\n"
-        f"- Base model: {model}\n"
+        f"# {result.label} {kind} {(base or Path(result.model).name)}\n\n"
+        + "".join(f"{_introduced(each)}\n\n" for each in cast.members)
+        + f"- Base model: {model}\n"
         f"- Data: {result.task}\n"
         f"- Trained: {result.trainable_parameters:,} of {result.total_parameters:,} parameters"
         + (f"\n- Classes: {_classes(result.labels)}" if result.labels else "")
     )
+
+
+def _introduced(member: Member) -> str:
+    system, role = member.system, member.field.capitalize()
+    return f"{system.summary} {role}: [{system.name}, arXiv {system.paper}](https://arxiv.org/abs/{system.paper})."
 
 
 def _results(result: RunResult) -> str:
@@ -60,7 +69,7 @@ def _results(result: RunResult) -> str:
     measured = {name: value for name, value in last.items() if name not in ("step", "eval_loss")}
     rows = "\n".join(f"| {name} | {_number(value)} |" for name, value in measured.items())
     note = (
-        f"\n\nThe run diverged at step {result.diverged_at}; this is the adapter of the step before."
+        f"\n\nThe run diverged at step {result.diverged_at}; this is the state after the step before."
         if result.diverged_at is not None
         else ""
     )
@@ -69,7 +78,10 @@ def _results(result: RunResult) -> str:
     )
 
 
-def _use(result: RunResult, system: System, task: TaskData, base: str | None) -> str:
+def _use(result: RunResult, cast: Cast, task: TaskData, base: str | None) -> str:
+    if cast.adapter is None:
+        return _code(f"from transformers import {(name := _CLASSES[task.task])}", "", f"model = {name}.{_LOAD}")
+    system = cast.adapter.system
     labels = f", num_labels={task.num_labels}" if task.task != "causal-lm" else ""
     ours = system.entry.startswith("loratlas.")
     cls = _CLASSES[task.task]
@@ -81,7 +93,11 @@ def _use(result: RunResult, system: System, task: TaskData, base: str | None) ->
         f'base = {cls}.from_pretrained("{base or result.model}"{labels})',
         'model = PeftModel.from_pretrained(base, "path/to/this/folder")',
     ]
-    return "## Use it\n\n```python\n" + "\n".join(lines) + "\n```" + (_ship(result, system) if ours else "")
+    return _code(*lines) + (_ship(result, system) if ours else "")
+
+
+def _code(*lines: str) -> str:
+    return "## Use it\n\n```python\n" + "\n".join(lines) + "\n```"
 
 
 def _ship(result: RunResult, system: System) -> str:
@@ -93,12 +109,17 @@ def _ship(result: RunResult, system: System) -> str:
 
 
 def _training(result: RunResult) -> str:
-    options = ", ".join(f"`{name}={value}`" for name, value in result.options.items()) or "the method's defaults"
+    options = _listed(result.options) or "the method's defaults"
+    parts = "".join(f"; of {slug}: {_listed(values)}" for slug, values in result.parts.items() if values)
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return (
         f"## Training\n\n{result.steps} steps of {result.batch_size} rows, learning rate {result.learning_rate:g}, "
-        f"seed {result.seed}; options: {options}.\n\nVersions: {versions}."
+        f"seed {result.seed}; options: {options}{parts}.\n\nVersions: {versions}."
     )
+
+
+def _listed(options: dict[str, Any]) -> str:
+    return ", ".join(f"`{name}={value}`" for name, value in options.items())
 
 
 def _hub_id(result: RunResult, task: TaskData) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,11 +13,13 @@ from loratlas.train.data import TaskData
 from loratlas.train.fit import find_methods, misfits, refuse
 from loratlas.train.forgetting import BaseTask
 from loratlas.train.jobs import Bench, InProcess, Runner, Source
+from loratlas.train.output import prepare_output
 from loratlas.train.plan import Plan
 from loratlas.train.progress import Progress
 from loratlas.train.results import SHIFT, Comparison
-from loratlas.train.run import RunSpec, prepare_output
+from loratlas.train.roles import cast, complete
 from loratlas.train.search import GRID, check_grid
+from loratlas.train.spec import RunSpec
 from loratlas.train.stages import Stages
 from loratlas.train.work import Work
 from loratlas.train.workers import InProcesses
@@ -49,6 +52,8 @@ def compare(
     below `spec.output_dir` is rewritten after every run; a run that fails is recorded, and the others go on.
 
     Args:
+        methods: slugs, or several with a plus as "srlora+lora-pro"; see `roles`. The optimizer, objective and
+            strategy of `spec` join every one of them.
         spec: template; `output_dir` gets one folder a run, `method`, `seed` and `options` are filled in.
         work: data, loaded, or by name; several processes need the name.
         grid: learning rates to try with each method, on a slice of the training rows and a seed of its own. None takes
@@ -57,8 +62,8 @@ def compare(
         minutes: training time of a run, instead of `spec.steps`; a short run of each method turns it into steps.
         noise_floor: run the baseline again under seeds + 1000 (on a CPU the same seed gives the same bits, so that it
             would measure nothing); None does so from two seeds on.
-        options: {slug: fields of its configuration}, on top of `spec.options`.
-        baseline: slug among `methods`; None takes lora, then peft-lora, then the first.
+        options: {slug: fields of its configuration}, wherever it takes part, on top of `spec.options`.
+        baseline: one of `methods`; None takes lora, then peft-lora, then the first.
         base_task: old work of the base model, measured before and after each run.
         processes: runs that go on at the same time, each in a process of its own.
         cluster: "auto", "local" or the address of a Ray cluster that takes the runs.
@@ -73,20 +78,21 @@ def compare(
     if not (resume or overwrite):
         prepare_output(root)
     by_name = isinstance(work, Work)
-    systems, problems = find_methods(methods, spec, own)
-    problems += _wrong_settings(methods, seeds, baseline, minutes, processes, cluster, by_name)
+    runs, problems = find_methods(methods, spec, own)
+    standard = _tried(problems, lambda: _name(baseline, spec)) if baseline is not None else None
+    problems += _wrong_settings(list(runs), seeds, standard, minutes, processes, cluster, by_name)
     rates = _tried(problems, lambda: check_grid(_grid(spec, grid))) or ()
     task = _tried(problems, work.load) if isinstance(work, Work) else work
     if task is not None:
-        problems += misfits(systems, spec, own, task)
+        problems += misfits(runs, task)
         if base_task is not None:
             _tried(problems, partial(base_task.check, task))
     refuse(problems)
     assert task is not None  # else there was a problem
 
     plan = Plan(
-        methods=tuple(methods),
-        baseline=baseline or next((slug for slug in ("lora", "peft-lora") if slug in methods), methods[0]),
+        methods=tuple(runs),
+        baseline=standard or next((slug for slug in ("lora", "peft-lora") if slug in runs), next(iter(runs))),
         spec=spec,
         work=work if isinstance(work, Work) else work.description,
         seeds=tuple(seeds),
@@ -104,7 +110,7 @@ def compare(
     progress.described(task.description)
     runner = _runner(work, task, base_task, processes, cluster)
     try:
-        return Stages(plan, systems, task, runner, progress, resume=resume).run()
+        return Stages(plan, runs, task, runner, progress, resume=resume).run()
     finally:
         runner.close()
 
@@ -127,6 +133,11 @@ def _tried(problems: list[str], make: Callable[[], T]) -> T | None:
     except UserError as error:
         problems.append(str(error))
         return None
+
+
+def _name(method: str, spec: RunSpec) -> str:
+    """What `method` is called among the runs."""
+    return cast(complete(replace(spec, method=method))).name
 
 
 def _grid(spec: RunSpec, grid: Sequence[float] | None) -> Sequence[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from peft import PeftModel
@@ -20,9 +20,10 @@ _ADAPTER = "default"
 class Facts:
     """
     Attributes:
-        modules: number of adapted modules.
+        modules: number of adapted modules, 0 where the base model's own weights train.
         scaling: (smallest, largest) effective scaling s over the modules; None for methods without one.
         export_rank: rank that an exact plain LoRA of the trained adapter will have at most; None without a LoRA form.
+        remarks: what else there is to say.
     """
 
     modules: int
@@ -30,22 +31,26 @@ class Facts:
     trainable_parameters: int
     total_parameters: int
     export_rank: int | None
+    remarks: tuple[str, ...] = ()
 
     def sentences(self) -> list[str]:
         """The facts for people."""
         share = self.trainable_parameters / self.total_parameters
+        if self.modules == 0:
+            count = f"{self.trainable_parameters:,} of {self.total_parameters:,}"
+            return [f"the base model's own weights train ({count}): it ships as a whole model", *self.remarks]
         scale = "" if self.scaling is None else f", scaling s = {_span(*self.scaling)}"
         size = (
             f"{self.modules} modules adapted{scale}, {self.trainable_parameters:,} trainable parameters ({share:.2%})"
         )
         if self.export_rank is None:
-            return [size, "this method has no LoRA form: it ships as merged weights"]
+            return [size, "this method has no LoRA form: it ships as merged weights", *self.remarks]
         allowed = max_lora_rank(self.export_rank)
         server = "more than vLLM serves" if allowed is None else f"vLLM: --max-lora-rank {allowed}"
-        return [size, f"an exact LoRA export will have rank {self.export_rank} ({server})"]
+        return [size, f"an exact LoRA export will have rank {self.export_rank} ({server})", *self.remarks]
 
 
-def facts(model: PeftModel, total_steps: int) -> Facts:
+def facts(model: nn.Module, total_steps: int, remarks: Sequence[str] = ()) -> Facts:
     """The facts of `model` for a run of `total_steps` optimizer steps."""
     layers = list(_layers(model, total_steps))
     scalings = [scaling for scaling, _ in layers if scaling is not None]
@@ -54,9 +59,18 @@ def facts(model: PeftModel, total_steps: int) -> Facts:
     return Facts(
         len(layers),
         (min(scalings), max(scalings)) if scalings else None,
-        *model.get_nb_trainable_parameters(),
+        *_parameters(model),
         max(known) if known and len(known) == len(ranks) else None,
+        tuple(remarks),
     )
+
+
+def _parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all)."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()
+    sizes = [(p.numel() if p.requires_grad else 0, p.numel()) for p in model.parameters()]
+    return sum(trained for trained, _ in sizes), sum(size for _, size in sizes)
 
 
 def _layers(model: nn.Module, total_steps: int) -> Iterator[tuple[float | None, int | None]]:

@@ -3,51 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-from peft import get_peft_model
-
-from loratlas.catalog import System
 from loratlas.errors import UserError
 from loratlas.train.data import TaskData
-from loratlas.train.methods import build_config, check_options, trainable
+from loratlas.train.methods import build_config
 from loratlas.train.models import empty_model
-from loratlas.train.run import RunSpec
+from loratlas.train.roles import Cast, cast, complete
+from loratlas.train.setup import adapt
+from loratlas.train.spec import RunSpec
 
 Options = dict[str, dict[str, Any]]
 
 
-def find_methods(methods: Sequence[str], spec: RunSpec, own: Options) -> tuple[dict[str, System], list[str]]:
-    """The systems by slug, and everything that is wrong with names and options. Needs neither model nor data."""
+def find_methods(methods: Sequence[str], spec: RunSpec, own: Options) -> tuple[dict[str, RunSpec], list[str]]:
+    """The runs by name (`Cast.name`), and everything that is wrong with names and options. Needs no model and no data.
+
+    spec: template of the runs, whose options are for every method; own: {slug: options}, wherever it takes part.
+    """
     problems = [] if methods else ["name at least one method."]
-    systems: dict[str, System] = {}
-    problems += [f"options are given for {slug}, which is not compared." for slug in own if slug not in methods]
-    for slug in dict.fromkeys(methods):
-        if methods.count(slug) > 1:
-            problems.append(f"{slug} is named twice.")
+    runs: dict[str, RunSpec] = {}
+    seen: set[str] = set()
+    for method in methods:
         try:
-            system = trainable(slug)
-            check_options(system, {**spec.options, **own.get(slug, {})})
-            systems[slug] = system
+            run = complete(replace(spec, method=method))
+            run = _with_own(run, own)
+            members = cast(run)
         except UserError as error:
             problems.append(str(error))
-    return systems, problems
+            continue
+        if members.name in runs:
+            problems.append(f"{members.name} is named twice.")
+        problems += [text for _, text in members.problems()]
+        runs[members.name] = run
+        seen |= {member.system.slug for member in members.members}
+    problems += [
+        f"options are given for {slug}: {slug} is not among the methods {', '.join(runs)}."
+        for slug in own
+        if slug not in seen
+    ]
+    return runs, problems
 
 
-def misfits(systems: dict[str, System], spec: RunSpec, own: Options, task: TaskData) -> list[str]:
-    """What keeps any of `systems` from being built on the model; tried without storage, so it costs next to nothing."""
+def _with_own(spec: RunSpec, own: Options) -> RunSpec:
+    """Each member with the options that are for it alone."""
+    fields: dict[str, Any] = {
+        member.map: {**member.options, **own.get(member.system.slug, {})} for member in cast(spec).members
+    }
+    return replace(spec, **fields)
+
+
+def misfits(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
+    """What keeps any of `runs` from being built on the model; tried without storage, so it costs next to nothing."""
     problems = []
-    for slug, system in systems.items():
+    for name, spec in runs.items():
+        if any(cast(spec).problems()):
+            continue  # said already
         try:
             model = empty_model(spec.model, task)
         except UserError as error:
             return [str(error)]
         try:
-            get_peft_model(model, build_config(system, task.task, model, {**spec.options, **own.get(slug, {})}))
-        except ValueError as error:  # PEFT's and ours
-            reason = " ".join(str(error).split())
-            problems.append(f"{slug}: {reason}")
+            _build(cast(spec), model, task)
+        except UserError as error:
+            problems.append(f"{name}: {' '.join(str(error).split())}")
     return problems
+
+
+def _build(members: Cast, model: Any, task: TaskData) -> None:
+    if members.adapter is not None:
+        system, options, _ = members.adapter
+        model = adapt(model, build_config(system, task.task, model, options))
+    members.check(model)
 
 
 def refuse(problems: Sequence[str]) -> None:

@@ -50,24 +50,21 @@ class BaseTask:
         self._columns(task, self._rows())
 
     def measure(self, result: RunResult, task: TaskData) -> dict[str, Any]:
-        """{"metric", "before", "after"} for the adapter of `result`; before is the base model without it.
+        """{"metric", "before", "after"} for the adapter or the whole model of `result`; before is the base model.
 
         Raises:
             UserError: the data cannot be read or do not fit.
         """
         rows = self._rows()
         columns = self._columns(task, rows)
-        model = PeftModel.from_pretrained(load_model(result.model, task), result.adapter_dir)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
         if task.task == "causal-lm":
             blocks = encode_language(Tables(rows, rows, ""), columns, result.model, self.max_length)["test"]
-            metric, score = "perplexity", partial(_perplexity, model, blocks)
+            metric, score = "perplexity", partial(_perplexity, blocks=blocks)
         else:
-            metric, score = "spearman", partial(self._spearman, model, rows, columns, task.processor)
+            spearman = partial(self._spearman, rows=rows, columns=columns, tokenizer=task.processor)
+            metric, score = "spearman", spearman
         with torch.no_grad():
-            after = score()
-            with model.disable_adapter():
-                before = score()
+            before, after = (score(model) for model in _before_and_after(result, task))
         return {"metric": metric, "before": before, "after": after}
 
     def _rows(self) -> Dataset:
@@ -87,8 +84,9 @@ class BaseTask:
             )
         return found
 
-    def _spearman(self, model: PeftModel, rows: Dataset, columns: Columns, tokenizer: Any) -> float:
-        encoder = model.get_base_model().base_model  # transformers' name for what lies below the head
+    def _spearman(self, model: Any, rows: Dataset, columns: Columns, tokenizer: Any) -> float:
+        inner = model.get_base_model() if isinstance(model, PeftModel) else model
+        encoder = inner.base_model  # transformers' name for what lies below the head
         cosines: list[float] = []
         for batch in _batches(rows):
             first, second = (self._vectors(encoder, batch[column], tokenizer) for column in columns.texts)
@@ -106,7 +104,21 @@ class BaseTask:
         return (states * mask).sum(1) / mask.sum(1)
 
 
-def _perplexity(model: PeftModel, blocks: Dataset) -> float:
+def _before_and_after(result: RunResult, task: TaskData) -> Iterator[Any]:
+    """The base model, then the trained one, each as long as the caller looks at it."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    base = load_model(result.model, task).to(device).eval()
+    if result.model_dir:
+        yield base
+        yield load_model(result.model_dir, task).to(device).eval()
+        return
+    model = PeftModel.from_pretrained(base, result.adapter_dir).to(device).eval()
+    with model.disable_adapter():
+        yield model
+    yield model
+
+
+def _perplexity(model: Any, blocks: Dataset) -> float:
     total = torch.zeros(2, dtype=torch.float64)
     for batch in _batches(blocks):
         ids = torch.tensor(batch["input_ids"], device=model.device)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -17,10 +16,13 @@ from loratlas.errors import UserError
 from loratlas.files import write_json, write_text
 from loratlas.train.data import TaskData
 from loratlas.train.forgetting import BaseTask
+from loratlas.train.output import CHECKPOINTS, RESULT, drop_weights
 from loratlas.train.progress import Labelled, Progress
 from loratlas.train.results import RunResult
-from loratlas.train.run import ADAPTER, CHECKPOINTS, RESULT, RunSpec, run
+from loratlas.train.roles import cast, complete
+from loratlas.train.run import run
 from loratlas.train.search import hold_out
+from loratlas.train.spec import RunSpec
 from loratlas.train.work import Work
 
 ERROR = "error.txt"
@@ -116,10 +118,10 @@ def perform(job: Job, bench: Bench, progress: Progress, *, shared: bool = False)
     if result is None:
         told = Labelled(progress, job.label)
         result = run(job.spec, bench.rows_of(job.part), told, resume=_has_checkpoint(folder), shared=shared)
-    if job.part in ("search", "timing") and result.adapter_dir:
-        result.adapter_dir = ""
+    if job.part in ("search", "timing") and (result.adapter_dir or result.model_dir):
+        result.adapter_dir = result.model_dir = ""
         write_json(folder / RESULT, result.to_dict())
-        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+        drop_weights(folder)
     if job.part == "run" and bench.base is not None and result.forgetting is None:
         result.forgetting = bench.base.measure(result, bench.task)
         write_json(folder / RESULT, result.to_dict())
@@ -141,8 +143,11 @@ def trained(job: Job) -> RunResult | None:
     except (OSError, ValueError, TypeError):
         return None
     rate = result.learning_rate if spec.learning_rate is None else spec.learning_rate
-    asked = (spec.method, spec.seed, spec.steps, rate, spec.options)
-    return result if asked == (result.method, result.seed, result.steps, result.learning_rate, result.options) else None
+    members = cast(complete(spec))
+    parts = {part.system.slug: part.values() for part in members.parts}
+    asked = (members.name, spec.seed, spec.steps, rate, spec.options, parts)
+    done = (result.method, result.seed, result.steps, result.learning_rate, result.options, result.parts)
+    return result if asked == done else None
 
 
 def _has_checkpoint(folder: Path) -> bool:

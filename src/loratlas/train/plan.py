@@ -10,7 +10,7 @@ from typing import Any
 from loratlas.errors import UserError
 from loratlas.files import write_json
 from loratlas.train.forgetting import BaseTask
-from loratlas.train.run import RunSpec
+from loratlas.train.spec import RunSpec
 from loratlas.train.work import Work
 
 PLAN = "plan.json"

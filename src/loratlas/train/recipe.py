@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loratlas.train.tasks import METRICS, TASKS
 
 if TYPE_CHECKING:
-    from loratlas.train.run import RunSpec
+    from loratlas.train.spec import RunSpec
     from loratlas.train.work import Work
 
 DEMO = "demo"  # the model or data that come with the package; a folder of that name is ./demo
@@ -26,6 +26,8 @@ SCHEDULERS = (
     "constant_with_warmup",
     "inverse_sqrt",
 )
+PARTS = ("optimizer", "objective", "strategy")  # what may stand beside an adapter
+OPTION_MAPS = {"method": "options", **{kind: f"{kind}_options" for kind in PARTS}}
 REQUIRED: Any = dataclasses.MISSING
 _METRICS = tuple(dict.fromkeys(name for names in METRICS.values() for name in names))
 
@@ -67,6 +69,15 @@ class Recipe:
         None, "Longest text in tokens; null: 128, for the demo's texts 48.", "Model and data", least=1
     )
     limit: int | None = _item(None, "Use only so many rows of each part; null: all.", "Model and data", least=1)
+    optimizer: str | None = _item(
+        None, "A slug of kind optimizer; null: AdamW, or the method where it is one.", "Parts beside the method"
+    )
+    objective: str | None = _item(
+        None, "A slug of kind objective; null: the task's own loss.", "Parts beside the method"
+    )
+    strategy: str | None = _item(
+        None, "A slug of kind strategy; null: all that can train trains at every step.", "Parts beside the method"
+    )
     seed: int = _item(0, "Seed of everything random.", least=0)
     steps: int = _item(150, "Optimizer steps.", least=1)
     batch_size: int = _item(32, "Rows in a batch.", least=1)
@@ -84,6 +95,9 @@ class Recipe:
     )
     report_to: tuple[str, ...] = _item((), "Where the Trainer reports as well: tensorboard, wandb, ...")
     options: dict[str, Any] = field(default_factory=dict, metadata={"section": "Options"})
+    optimizer_options: dict[str, Any] = field(default_factory=dict, metadata={"section": "Options"})
+    objective_options: dict[str, Any] = field(default_factory=dict, metadata={"section": "Options"})
+    strategy_options: dict[str, Any] = field(default_factory=dict, metadata={"section": "Options"})
 
     def work(self) -> Work:
         """The model and data by name; nothing is loaded yet."""
@@ -95,7 +109,7 @@ class Recipe:
 
     def spec(self, output_dir: str, model: str) -> RunSpec:
         """The training, written to `output_dir`; model: what `work().base` says."""
-        from loratlas.train.run import RunSpec
+        from loratlas.train.spec import RunSpec
 
         own = {f.name for f in dataclasses.fields(self)} & {f.name for f in dataclasses.fields(RunSpec)}
         return RunSpec(**{name: getattr(self, name) for name in own} | {"output_dir": output_dir, "model": model})

@@ -6,11 +6,12 @@ import dataclasses
 import difflib
 import math
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any, NamedTuple, get_type_hints
 
 from loratlas.catalog import find, load_entry
 from loratlas.errors import UserError
-from loratlas.train.recipe import DEMO, Recipe
+from loratlas.train.recipe import DEMO, OPTION_MAPS, PARTS, Recipe
 from loratlas.train.tasks import METRICS
 from loratlas.train.typed import fits, in_words
 
@@ -23,20 +24,57 @@ _MISSING = {
 
 
 class Problem(NamedTuple):
-    """What is wrong with the value of `name`: a field of `Recipe`, or "options.NAME"."""
+    """What is wrong with the value of `name`: a field of `Recipe`, or "options.NAME" and the like."""
 
     name: str
     text: str
 
 
 def make(values: Mapping[str, Any]) -> Recipe:
-    """The recipe with these values, after `check`.
+    """The recipe with these values, after `check`, and with every member of the run in its own field.
 
     Raises:
         UserError: everything that is wrong.
     """
+    from loratlas.train.roles import spelled_out
+
     raise_any([problem.text for problem in check(values)])
-    return Recipe(**{name: _converted(name, value) for name, value in values.items()})
+    return Recipe(**{name: _converted(name, value) for name, value in spelled_out(values).items()})
+
+
+def placed(values: Mapping[str, Any], own: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Options of members as fields of a recipe: {"optimizer_options": {...}} for own={"lora-pro": {...}}.
+
+    values: of the recipe, to see who takes part.
+
+    Raises:
+        UserError: options for a slug that does not.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for slug, options in own.items():
+        named = members(values)
+        alone = not any(find(each).kind == "adapter" for each in named)  # it may run on plain LoRA
+        if slug not in named and not (alone and slug == "lora"):
+            raise UserError(f"--set {slug}.{next(iter(options))}: {slug} is not among the methods {', '.join(named)}.")
+        kind = find(slug).kind
+        found[OPTION_MAPS[kind if kind in PARTS else "method"]] = options
+    return found
+
+
+def merged(values: Mapping[str, Any], maps: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """`values` with the options in `maps` over its own; what is no mapping stays for `check` to find."""
+    ours = {name: values.get(name) for name in maps}
+    return {
+        **values,
+        **{name: {**(old or {}), **maps[name]} for name, old in ours.items() if isinstance(old, dict | None)},
+    }
+
+
+def members(values: Mapping[str, Any]) -> list[str]:
+    """All slugs that a recipe names, as far as they are known to the catalogue."""
+    fields = [values.get(field) for field in OPTION_MAPS]
+    slugs = [slug for text in fields if isinstance(text, str) for slug in text.split("+")]
+    return [slug for slug in slugs if not _unknown(slug)]
 
 
 def raise_any(lines: list[str]) -> None:
@@ -55,11 +93,11 @@ def check(values: Mapping[str, Any]) -> list[Problem]:
     problems += _conflicts(right)
     if "method" not in right:
         return problems
-    options = right.get("options", {})
-    method = _method(right["method"])
-    if not method and (options or not problems):  # else torch need not be loaded to tell what is wrong
-        method = _options(right["method"], options)
-    return problems + method
+    named = list(_slugs(right))
+    options = any(right.get(name) for name in OPTION_MAPS.values())
+    if not named and (options or not problems):  # else torch need not be loaded to tell what is wrong
+        named = _cast(right)
+    return problems + named
 
 
 def _fields(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -141,21 +179,31 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[Problem]:
         )
 
 
-def _method(slug: str) -> list[Problem]:
+def _slugs(values: Mapping[str, Any]) -> Iterator[Problem]:
+    for field in OPTION_MAPS:
+        for slug in (values.get(field) or "").split("+") if values.get(field) else ():
+            text = _unknown(slug)
+            if text:
+                yield Problem(field, text)
+
+
+def _unknown(slug: str) -> str | None:
+    """What is wrong with the name itself."""
     try:
         system = find(slug)
         if not system.entry:
             load_entry(system)  # says that it is planned
     except UserError as error:
-        return [Problem("method", str(error))]
-    return []
+        return str(error)
+    return None
 
 
-def _options(slug: str, options: Mapping[str, Any]) -> list[Problem]:
-    from loratlas.train.methods import option_problems, trainable
+def _cast(values: Mapping[str, Any]) -> list[Problem]:
+    """What is wrong with options, and with members that do not go together."""
+    from loratlas.train.roles import cast, spelled_out
 
     try:
-        system = trainable(slug)
+        spelled = spelled_out(values)
     except UserError as error:
-        return [Problem("method", str(error))]
-    return [Problem(f"options.{name}", text) for name, text in option_problems(system, dict(options))]
+        return [Problem(error.field or "method", str(error))]
+    return [Problem(name, text) for name, text in cast(SimpleNamespace(**spelled)).problems()]

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from loratlas.catalog import find
 from loratlas.errors import UserError
 from loratlas.files import write_text
-from loratlas.train.recipe import Recipe
-from loratlas.train.recipe_check import Problem, check, make, raise_any
+from loratlas.train.recipe import OPTION_MAPS, Recipe
+from loratlas.train.recipe_check import Problem, check, make, merged, placed, raise_any
 from loratlas.train.yaml_text import dump_value, parse
 
 if TYPE_CHECKING:
     from loratlas.train.data import TaskData
-    from loratlas.train.run import RunSpec
+    from loratlas.train.spec import RunSpec
 
 SUFFIXES = (".yaml", ".yml")
 CONFIG = "config.yaml"
@@ -28,11 +28,16 @@ _YAML = {"None": None, "True": True, "False": False}
 _WIDTH, _COMMENT = 110, 32  # columns of a line, and where comments begin
 
 
-def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | None = None) -> Recipe:
+def read_recipe(
+    path: str | os.PathLike[str],
+    overrides: Mapping[str, Any] | None = None,
+    own: Mapping[str, dict[str, Any]] | None = None,
+) -> Recipe:
     """The recipe in `path`.
 
     Args:
         overrides: values that come before those of the file; "options" are added to the file's, one by one.
+        own: {slug: options for it}, which come before all others.
 
     Raises:
         UserError: no such file, not YAML, or everything that is wrong with its values, one line each with its place.
@@ -44,12 +49,11 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
         raise UserError(f"there is no file {file}; `loratlas init METHOD --out {file}` writes one.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file} cannot be read as YAML: {error}.") from None
-    ours = dict(overrides or {})
-    options = {**_mapping(document.values.get("options")), **ours.get("options", {})}
-    values = {**document.values, **ours}
-    if isinstance(values.get("options"), dict | None):
-        values["options"] = options
-    typed = {*ours, *(f"options.{name}" for name in ours.get("options", {}))}
+    ours = merged(overrides or {}, placed({**document.values, **(overrides or {})}, own or {}))
+    maps = {name: ours[name] for name in OPTION_MAPS.values() if name in ours}
+    values = {**merged(document.values, maps), **{name: value for name, value in ours.items() if name not in maps}}
+    values |= {name: {} for name in OPTION_MAPS.values() if name in values and values[name] is None}
+    typed = {*ours, *(f"{name}.{key}" for name, options in maps.items() for key in options)}
 
     def place(name: str) -> str:
         if name in typed:
@@ -63,7 +67,7 @@ def read_recipe(path: str | os.PathLike[str], overrides: Mapping[str, Any] | Non
 
 
 def to_yaml(recipe: Recipe, title: str) -> str:
-    """The recipe with a comment on every field; options of the method that are None by default stand there as comments.
+    """The recipe with a comment on every field; options that are None by default stand there as comments.
 
     title: lines for the top, without their "# ".
     """
@@ -73,22 +77,25 @@ def to_yaml(recipe: Recipe, title: str) -> str:
         if field.metadata["section"] != section:
             section = field.metadata["section"]
             lines += ["", f"# {section}"] if section not in ("Method", "Options") else [""]
-        if field.name != "options":
+        if field.name not in OPTION_MAPS.values():
             lines += _entry("", field.name, getattr(recipe, field.name), field.metadata["help"])
-    return "\n".join([*lines, *_options(recipe), ""])
+    for role, options in OPTION_MAPS.items():
+        if getattr(recipe, role) is not None:
+            lines += [*([""] if role != "method" else []), *_options(getattr(recipe, role), options, recipe)]
+    return "\n".join([*lines, ""])
 
 
-def _options(recipe: Recipe) -> Iterator[str]:
+def _options(slug: str, title: str, recipe: Recipe) -> Iterator[str]:
     from loratlas.train.methods import option_fields
 
-    system = find(recipe.method)
+    system, options = find(slug), getattr(recipe, title)
     helps = {field.name: field.metadata.get("help", "") for field in option_fields(system)}
     unset = [field.name for field in option_fields(system) if field.default is None]
     yield f"# Options of {system.name}"
-    yield "options:" if recipe.options else "options: {}"
-    for name in dict.fromkeys([*helps, *recipe.options]):
-        if name in recipe.options:
-            yield from _entry("  ", name, recipe.options[name], helps.get(name, ""))
+    yield f"{title}:" if options else f"{title}: {{}}"
+    for name in dict.fromkeys([*helps, *options]):
+        if name in options:
+            yield from _entry("  ", name, options[name], helps.get(name, ""))
         elif name in unset:
             yield from _entry("  # ", name, None, helps[name])
 
@@ -107,14 +114,14 @@ def _entry(start: str, name: str, value: Any, help: str) -> Iterator[str]:
     yield from (f"{'':<{_COMMENT}}# {line}" for line in beside[1:])
 
 
-def write_config(spec: RunSpec, task: TaskData, rate: float, options: dict[str, Any]) -> None:
+def write_config(spec: RunSpec, task: TaskData, rate: float, options: dict[str, dict[str, Any]]) -> None:
     """Write config.yaml to the folder of a run: its recipe with every default written out, as it runs again.
 
     Nothing is written for data made in Python, which no file can name.
 
     Args:
         rate: the learning rate, where the catalogue has chosen it.
-        options: the method's, see `methods.option_values`.
+        options: by mapping, see `methods.option_values`.
     """
     if task.work is None:
         return
@@ -126,14 +133,10 @@ def write_config(spec: RunSpec, task: TaskData, rate: float, options: dict[str, 
         task=task.task,
         metric=task.metric,
         max_length=task.work.length,
-        options=options,
+        **options,
     )
     title = (
         "What this run was, every default written out. It runs again as it is:\n\n"
         f"  loratlas train {Path(spec.output_dir) / CONFIG}"
     )
     write_text(Path(spec.output_dir) / CONFIG, to_yaml(recipe, title))
-
-
-def _mapping(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}

@@ -19,7 +19,7 @@ class RunResult:
     """One run.
 
     Attributes:
-        method, label: slug and name of the method.
+        method, label: slug and name of the method, or slugs and names of several as "srlora+lora-pro".
         final: headline metric after the last step (of the last good state if the run diverged).
         history: [{"step", "loss", "grad_norm", "learning_rate"}] of every step.
         evals: [{"step", "eval_loss", <every metric>}].
@@ -32,6 +32,9 @@ class RunResult:
         ranks: how the rank of each layer moved (see `analysis.ranks`), empty for most methods.
         diverged_at: step whose loss or gradient was not finite, None if all went well.
         adapter_dir: the trained adapter, as PEFT saves it; empty where it was not kept.
+        model_dir: the whole model, where no adapter but the base model's own weights trained.
+        parts: {slug: options with every default} of optimizer, objective and strategy.
+        remarks: what a strategy says after training, such as the memory that was used.
         adapted_modules, scaling, export_rank: see `facts.Facts`.
         labels: names of the classes, None for tasks without.
         shared: other runs used the machine at the same time, so that times do not compare.
@@ -58,6 +61,9 @@ class RunResult:
     seconds: float
     peak_memory_bytes: int | None
     adapter_dir: str
+    model_dir: str = ""
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
     setup_seconds: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
     ranks: list[dict[str, Any]] = field(default_factory=list)

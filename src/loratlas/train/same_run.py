@@ -12,7 +12,7 @@ from loratlas.errors import UserError
 from loratlas.train.data import TaskData
 
 if TYPE_CHECKING:
-    from loratlas.train.run import RunSpec
+    from loratlas.train.spec import RunSpec
 
 _SAMPLE = 64
 _FREE = ("output_dir", "save_every", "report_to")  # what may change without changing a single step
@@ -38,13 +38,13 @@ class SameRun:
             raise UserError(f"{checkpoint} was written by another run: {what}; resume it as it began.")
 
 
-def same_run(spec: RunSpec, task: TaskData, rate: float, options: dict[str, Any]) -> SameRun:
+def same_run(spec: RunSpec, task: TaskData, rate: float, options: dict[str, dict[str, Any]]) -> SameRun:
     """The identity of the run of `spec` on `task` at learning rate `rate`.
 
-    options: those of the method with its defaults, so that a default may be written out or not.
+    options: by mapping, with their defaults, so that a default may be written out or not.
     """
     settings = {name: value for name, value in asdict(spec).items() if name not in _FREE}
-    settings["options"] = options
+    settings |= options
     settings["learning_rate"] = rate
     settings["eval_every"] = spec.evaluation_interval
     settings["data"] = f"{task.description}, rows {_fingerprint(task)}"

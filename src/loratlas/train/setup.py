@@ -2,15 +2,110 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from loratlas.engine.calibrate import calibrate, needs
+from loratlas.engine.lifecycle import LifecycleCallback
+from loratlas.engine.parts import Objective
+from loratlas.errors import UserError
 from loratlas.train.data import TaskData
+from loratlas.train.memory import PeakMemory
+from loratlas.train.methods import build_config, option_values
+from loratlas.train.models import load_model
+from loratlas.train.roles import Cast, Member
+from loratlas.train.spec import RunSpec, training_arguments
+from loratlas.train.watch import MakeOptimizer
+
+
+@dataclass
+class Ready:
+    """A model that can be trained, and what trains it.
+
+    Attributes:
+        model: with its adapter; without one all its own parameters train.
+        options: of each member with every default written out, by the name of their mapping in a recipe.
+        make_optimizer: called when the model is where it trains; None for the Trainer's AdamW.
+        objective: see `engine.parts.Objective`; None for the task's own loss.
+        strategy: the strategy's callback.
+        memory: counts since the model is loaded.
+        seconds: what making it took, without loading.
+    """
+
+    model: Any
+    options: dict[str, dict[str, Any]]
+    make_optimizer: MakeOptimizer | None
+    objective: Objective | None
+    strategy: Any
+    memory: PeakMemory
+    seconds: float
+
+    @property
+    def callbacks(self) -> list[TrainerCallback]:
+        return [LifecycleCallback(), *([self.strategy] if self.strategy else [])]
+
+    def forecast(self, total_steps: int) -> list[str]:
+        """What the strategy says before training."""
+        return self.strategy.forecast(self.model, total_steps) if hasattr(self.strategy, "forecast") else []
+
+    def remarks(self) -> list[str]:
+        """What the strategy says after training."""
+        return self.strategy.remarks() if hasattr(self.strategy, "remarks") else []
+
+
+def ready(spec: RunSpec, cast: Cast, task: TaskData, rate: float) -> Ready:
+    """Load the model of `spec`, adapt it if the cast has an adapter, and make the parts.
+
+    Raises:
+        UserError: a model that cannot be loaded, or a member that does not fit it.
+    """
+    set_seed(spec.seed)
+    model = load_model(spec.model, task)
+    memory, began = PeakMemory(), time.perf_counter()
+    model, options = _adapted(model, spec, cast, task, rate)
+    cast.check(model)
+    for part in cast.parts:
+        options[part.map] = part.values()
+    optimizer = cast.optimizer and partial(cast.optimizer.part().build, lr=rate, weight_decay=spec.weight_decay)
+    objective = cast.objective and _objective(cast.objective, model, task)
+    strategy = cast.strategy and cast.strategy.part().build()
+    return Ready(model, options, optimizer, objective, strategy, memory, time.perf_counter() - began)
+
+
+def _objective(member: Member, model: Any, task: TaskData) -> Objective:
+    objective: Objective = member.part().build(model)
+    missing = [key for key in objective.own if key not in task.train.column_names]
+    if missing:
+        raise UserError(
+            f"{member.system.slug} needs {', '.join(missing)} beside the texts of each row, which runs do not read: "
+            "train it in your own loop or Trainer, as its page shows."
+        )
+    return objective
+
+
+def _adapted(model: Any, spec: RunSpec, cast: Cast, task: TaskData, rate: float) -> tuple[Any, dict[str, Any]]:
+    if cast.adapter is None:
+        return model, {}
+    config = build_config(cast.adapter.system, task.task, model, cast.adapter.options)
+    options = option_values(cast.adapter.system, config)  # before PEFT writes module names into it
+    calibrate_for_run(model, config, task, training_arguments(spec, task, rate), spec.calibrate_steps)
+    set_seed(spec.seed)
+    return adapt(model, config), {cast.adapter.map: options}
+
+
+def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
+    """`get_peft_model`; what does not fit is a `UserError`."""
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:  # ours are ValueErrors too, and read well as they are
+        raise UserError(str(error)) from None
 
 
 def calibrate_for_run(
@@ -19,8 +114,8 @@ def calibrate_for_run(
     """Gather what the start of `config` asks for, on the first `steps` batches that the run will train on.
 
     The batches, their order, the loss and the mixed precision are those of a Trainer with the same `arguments`, and the
-    model is in training mode, as in the methods' own code. Nothing happens for methods that need no statistics. The
-    global random state is moved: seed again afterwards.
+    model is in training mode, as in the methods' own code. The loss is the task's own, whatever the objective. Nothing
+    happens for methods that need no statistics. The global random state is moved: seed again afterwards.
 
     Raises:
         UserError: see `engine.calibrate.calibrate`.

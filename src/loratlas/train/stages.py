@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from loratlas.catalog import System
 from loratlas.errors import UserError
 from loratlas.files import write_json
 from loratlas.train.data import TaskData
@@ -16,30 +15,35 @@ from loratlas.train.notes import rules
 from loratlas.train.plan import Plan
 from loratlas.train.progress import Progress
 from loratlas.train.results import SHIFT, Comparison, RunResult
-from loratlas.train.run import RunSpec
+from loratlas.train.roles import cast
 from loratlas.train.search import choose, search_seed
+from loratlas.train.spec import RunSpec
 
 RESULTS = "results.json"
 _TIMED_STEPS = 20
 
 
 class Stages:
-    """One comparison on its way; results.json is rewritten after every run."""
+    """One comparison on its way; results.json is rewritten after every run.
+
+    specs: the runs by name, with their members and options; the stages fill in the rest.
+    """
 
     def __init__(
         self,
         plan: Plan,
-        systems: dict[str, System],
+        specs: dict[str, RunSpec],
         task: TaskData,
         runner: Runner,
         progress: Progress,
         *,
         resume: bool,
     ) -> None:
-        self.plan, self.systems, self.runner, self.progress, self.resume = plan, systems, runner, progress, resume
+        self.plan, self.specs, self.runner, self.progress, self.resume = plan, specs, runner, progress, resume
         self.root = Path(plan.spec.output_dir)
         self.result = Comparison(task.description, task.metric, task.greater_is_better, plan.baseline)
-        self.steps = dict.fromkeys(systems, plan.spec.steps)
+        self.labels = {name: cast(spec).label for name, spec in specs.items()}
+        self.steps = dict.fromkeys(specs, plan.spec.steps)
         self._jobs: list[Job] = []
         self._done: dict[str, RunResult] = {}
         self._choices: list[str] = []
@@ -54,7 +58,7 @@ class Stages:
             self._time(self.plan.minutes)
         if self.plan.grid:
             self._search()
-        jobs = [self._final(slug, seed) for seed in self.plan.seeds for slug in self.systems]
+        jobs = [self._final(slug, seed) for seed in self.plan.seeds for slug in self.specs]
         if self.plan.noise_floor:
             jobs += [self._again(seed) for seed in self.plan.seeds]
         self._do(jobs)
@@ -67,24 +71,24 @@ class Stages:
     def _time(self, minutes: float) -> None:
         """Each method's number of steps, fixed before its runs so that their schedules fit the time."""
         fields: dict[str, Any] = {"steps": _TIMED_STEPS, "eval_every": _TIMED_STEPS, "save_every": None}
-        self._do([self._job("timing", slug, f"timing/{slug}", ", timing", **fields) for slug in self.systems])
+        self._do([self._job("timing", slug, f"timing/{slug}", ", timing", **fields) for slug in self.specs])
         for timed in self.result.timing_runs:
             self.steps[timed.method] = max(1, round(60.0 * minutes * timed.steps / timed.training_seconds))
         timed_methods = {timed.method for timed in self.result.timing_runs}
-        self.systems = {slug: system for slug, system in self.systems.items() if slug in timed_methods}
+        self.specs = {slug: spec for slug, spec in self.specs.items() if slug in timed_methods}
 
     def _search(self) -> None:
         seed, jobs = search_seed(self.plan.seeds), []
-        for slug in self.systems:
+        for slug in self.specs:
             steps = self.plan.search_steps or self.steps[slug]
             for rate in self.plan.grid:
                 fields = {"seed": seed, "steps": steps, "eval_every": steps, "learning_rate": rate}
                 folder, label = f"search/{slug}-lr{rate:g}", f", learning rate {rate:g}"
                 jobs.append(self._job("search", slug, folder, label, **fields))
         self._do(jobs)
-        for slug, system in self.systems.items():
+        for slug in self.specs:
             own = [run for run in self.result.search_runs if run.method == slug]
-            found = choose(system.name, self.plan.grid, own)
+            found = choose(self.labels[slug], self.plan.grid, own)
             self.result.rates[slug] = found.rate
             self._choices += [found.note] if found.note else []
 
@@ -101,10 +105,8 @@ class Stages:
         return {"seed": seed, "steps": self.steps[slug], "learning_rate": rate}
 
     def _job(self, part: str, slug: str, folder: str, label: str, **fields: Any) -> Job:
-        template: RunSpec = self.plan.spec
-        options = {**template.options, **self.plan.options.get(slug, {})}
-        spec = replace(template, method=slug, options=options, output_dir=str(self.root / folder), **fields)
-        return Job(part, self.systems[slug].name + label, spec)
+        spec = replace(self.specs[slug], output_dir=str(self.root / folder), **fields)
+        return Job(part, self.labels[slug] + label, spec)
 
     def _do(self, jobs: Sequence[Job]) -> None:
         """Do what is left of `jobs`."""

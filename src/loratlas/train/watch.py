@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
+from loratlas.engine.parts import Objective
 from loratlas.train.atomic import AtomicCheckpoints
 from loratlas.train.complete import checkpoint_name
 from loratlas.train.progress import Progress
 from loratlas.train.stop import Stop, Stopped
+
+MakeOptimizer = Callable[[nn.Module], Optimizer]
 
 
 class Diverged(Exception):
@@ -73,15 +78,44 @@ class Watch(TrainerCallback):
 
 
 class WatchedTrainer(AtomicCheckpoints, Trainer):
-    """transformers' Trainer with a `Watch`; raises `Diverged` where Trainer would step on."""
+    """transformers' Trainer with a `Watch`; raises `Diverged` where Trainer would step on.
 
-    def __init__(self, watch: Watch, **kwargs: Any) -> None:
+    Args:
+        make_optimizer: the optimizer from the model, once that is where it trains; None for Trainer's AdamW.
+        objective: the loss of training (`engine.parts.Objective`); evaluations keep the task's own.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        make_optimizer: MakeOptimizer | None = None,
+        objective: Objective | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self._make_optimizer, self._objective = make_optimizer, objective
         self.remove_callback(PrinterCallback)
         # Trainer takes a model's **kwargs for a promise to divide its loss by the items of all accumulated batches;
         # most classifiers break it. Our batches have equal numbers of items, so the mean of their means is right.
         self.model_accepts_loss_kwargs = False
         self.add_callback(watch)
+
+    def create_optimizer(self, model: Any = None) -> Optimizer:
+        if self.optimizer is None and self._make_optimizer is not None:
+            trained: Any = self.model if model is None else model
+            self.optimizer = self._make_optimizer(trained)
+        return super().create_optimizer(model)
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        if self._objective is None or not model.training:
+            own = self._objective.own if self._objective is not None else ()
+            inputs = {name: value for name, value in inputs.items() if name not in own}
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._objective.at(self.state.global_step, self.state.max_steps)
+        loss, outputs = self._objective.forward(model, inputs)
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss = super().training_step(*args, **kwargs)

@@ -1,0 +1,67 @@
+"""The order of rows for a search in two halves: steps of the weights see one half, steps of the logits the other.
+
+    sampler = SearchSampler(len(rows), per_step=32, total_steps=1000, config=config)
+    for batch in DataLoader(rows, batch_size=32, sampler=sampler): ...
+
+After the search all rows are used. The order follows from the seed alone, so a resumed loop skips what it has seen, as
+transformers' Trainer does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from loratlas.adapters.diffora import DiffoRA, DiffoRAConfig
+from loratlas.errors import UserError
+
+
+class SearchSampler(Sampler[int]):
+    """Row numbers in the order in which the optimizer steps of a DiffoRA run use them.
+
+    Args:
+        rows: number of training rows.
+        per_step: rows of one optimizer step, of all accumulated batches and of all ranks together.
+        total_steps: optimizer steps of the run.
+        config: says how long the search takes.
+        share: part of the rows for the weights' steps of the search.
+
+    Raises:
+        UserError: fewer than two rows, or a share that leaves a half empty.
+    """
+
+    def __init__(
+        self, rows: int, per_step: int, total_steps: int, config: DiffoRAConfig, share: float = 0.5, seed: int = 0
+    ) -> None:
+        self.per_step, self.total_steps = per_step, total_steps
+        self.plan = DiffoRA().plan(config, total_steps)
+        self.seed = seed
+        order = torch.randperm(rows, generator=self._generator(0))
+        cut = round(share * rows)
+        if not 0 < cut < rows:
+            raise UserError(f"a search needs two parts of the data, but share={share} of {rows} rows leaves one empty.")
+        self.weights, self.architecture = order[:cut], order[cut:]
+
+    def __len__(self) -> int:
+        return self.per_step * self.total_steps
+
+    def __iter__(self) -> Iterator[int]:
+        both = torch.cat((self.weights, self.architecture))
+        weights, architecture, every = (
+            self._endless(part, number) for number, part in enumerate((self.weights, self.architecture, both), 1)
+        )
+        for step in range(1, self.total_steps + 1):
+            source = weights if step <= self.plan.search else every
+            yield from islice(architecture if self.plan.moves_logits(step) else source, self.per_step)
+
+    def _endless(self, rows: Tensor, number: int) -> Iterator[int]:
+        generator = self._generator(number)
+        while True:
+            yield from rows[torch.randperm(len(rows), generator=generator)].tolist()
+
+    def _generator(self, number: int) -> torch.Generator:
+        return torch.Generator().manual_seed(4 * self.seed + number)

@@ -1,0 +1,1 @@
+"""Training strategies: callbacks that decide which parameters train when."""
