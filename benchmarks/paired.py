@@ -109,20 +109,27 @@ def clock(work: Callable[[], Any]) -> tuple[float, Any]:
 
 def save(path: Path, settings: dict[str, Any], data: Any, bars: Sequence[Bar], tables: Sequence[Table]) -> None:
     """Write everything needed to read and to repeat the measurement."""
-    packages = ("torch", "transformers", "peft", "loratlas")
     write_json(
         path,
         {
             "command": shlex.join(["python", *sys.argv]),
-            "date": time.strftime("%Y-%m-%d"),
-            "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
-            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+            **provenance(),
             "settings": {**settings, "threads": torch.get_num_threads()},
             "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
             "tables": [asdict(table) for table in [bars_table(bars), *tables]],
             "data": data,
         },
     )
+
+
+def provenance() -> dict[str, Any]:
+    """When, where and with which versions something was measured."""
+    packages = ("torch", "transformers", "peft", "loratlas")
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": {"cpu": _cpu(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0]},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
 
 
 def _cpu() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from toys import adamw, adapted, config, inputs, train, view, views
 
 from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
+from loratlas.adapters.srlora import SRLora
+from loratlas.engine import sketch
 from loratlas.engine.events import Plan
 from loratlas.engine.layer import joined_factors
 from loratlas.engine.lifecycle import StepContext
@@ -209,3 +212,81 @@ def test_config_errors_name_the_field() -> None:
         with pytest.raises(UserError, match=rf"^SRLoraConfig: {field} must be "):
             SRLoraConfig(**options)
     assert config("srlora", gamma=0).gamma == 0
+
+
+GRADIENT = {"reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3, "select": "oldest"}
+
+
+@pytest.mark.parametrize("start", [True, "lora"])
+def test_on_the_gradients_directions_an_event_changes_nothing_and_no_starts_are_kept_needlessly(start: Any) -> None:
+    model, x = adapted("srlora", dtype=torch.float64, init_weights=start, **GRADIENT), inputs(dtype=torch.float64)
+    seen = []
+
+    def event(step: int) -> None:
+        seen.append(len(view(model).log))
+
+    before = {}
+    for t in views(model):
+        assert (t.A0 is None) == (start == "lora")
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=20)
+    method = view(model).layer.method
+    recompose = method.recompose
+
+    def watched(t: Any, slots: Tensor, ctx: StepContext) -> None:
+        before[t.layer.path] = model(x).detach()
+        recompose(t, slots, ctx)
+        torch.testing.assert_close(model(x), before[t.layer.path], rtol=1e-12, atol=1e-12)
+        assert torch.equal(t.B[:, slots], torch.zeros_like(t.B[:, slots]))
+        rows, others = t.A[slots], t.A[[k for k in range(t.r) if k not in slots.tolist()]]
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(slots), dtype=rows.dtype) / 3)
+        torch.testing.assert_close(
+            rows @ others.T, torch.zeros(len(slots), len(others), dtype=rows.dtype), atol=1e-9, rtol=0
+        )
+
+    method.recompose = watched
+    try:
+        train(model, x, steps=20, optimizer=optimizer, each=event)
+    finally:
+        del method.recompose
+    assert seen[-1] == 8
+    # one rank of the history a pair where nothing but a product was fused
+    assert view(model).HA.shape[0] == (8 if start == "lora" else 12)
+
+
+def test_the_sketch_finds_the_leading_directions_of_the_gradient() -> None:
+    torch.manual_seed(0)
+    g, x = torch.randn(400, 30), torch.randn(400, 40)
+    strong = torch.linalg.qr(torch.randn(40, 2)).Q.T
+    x += 6 * g[:, :2] @ strong  # so that dL/dW = g^T x has two strong right singular directions
+    z = torch.zeros(8, 40)
+    for part in range(4):
+        rows = slice(100 * part, 100 * part + 100)
+        sketch.accumulate(z, g[rows], x[rows], sketch.probe(3, 30, 8, g))
+    kept = torch.randn(3, 40)
+    found = sketch.directions(z, 2, kept)
+    basis = torch.linalg.qr(kept.T).Q
+    vh = torch.linalg.svd(g.T @ (x - x @ basis @ basis.T)).Vh[:2]
+    assert torch.linalg.svdvals(found @ vh.T).min() > 0.98
+    torch.testing.assert_close(found @ kept.T, torch.zeros(2, 3), atol=1e-5, rtol=0)
+    random = sketch.directions(torch.full((8, 40), float("nan")), 2, kept)
+    torch.testing.assert_close(random @ random.T, torch.eye(2), atol=1e-5, rtol=1e-5)
+
+
+def test_only_the_steps_before_an_event_are_looked_into() -> None:
+    model = adapted("srlora", init_weights="lora", sketch_steps=2, **GRADIENT)  # events after 4, 8, 12, 16
+    t, watched = view(model), []
+    optimizer = adamw(model)
+    attach(model, optimizer, total_steps=20)
+
+    def look(step: int) -> None:
+        watched.append((step + 1, t.watched))
+
+    train(model, inputs(), steps=20, optimizer=optimizer, each=look)
+    assert [step for step, on in watched if on] == [3, 4, 7, 8, 11, 12, 15, 16]
+
+
+def test_fresh_pairs_warm_up() -> None:
+    factors = SRLora.warmed(torch.tensor([0, 4, 6, 9]), 10, 3)
+    assert factors.tolist() == [1.0, 1.0, 1.0, 0.25]
+    assert SRLora.warmed(torch.tensor([8, 7]), 10, 3).tolist() == [0.5, 0.75]

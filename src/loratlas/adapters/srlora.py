@@ -11,9 +11,9 @@ the PRETRAINED weight, whose projection leaves the frozen part: the function doe
 train, up to r_target directions are visited. Everything is kept in difference form (see `engine.pairs`), so W is never
 written.
 
-Ours, not the paper's: a start like LoRA's (init_weights="lora"); other directions to start again on (`reservoir`), of
-which "gradient" and "activation" come from a sketch of the steps before an event (see `engine.sketch`) and start with
-b = 0; a first event for all pairs (`first_event`); a warm-up of fresh pairs; choosing the oldest pairs (`select`).
+Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again, with b = 0, on the leading directions
+of the current gradient (reservoir="gradient", see `engine.sketch`); a warm-up of fresh pairs (`fresh_warmup`); fusing
+the oldest pairs instead of those with the lowest scores (`select`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from loratlas.engine import pairs, sketch
+from loratlas.engine import pairs, reservoir
 from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.events import Plan
 from loratlas.engine.importance import pair_scores, update_importance
@@ -40,8 +40,6 @@ from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
 SCORES = ("IA", "QA", "IB", "QB")
-RESERVOIR = ("RA", "RB", "sketch")
-SKETCHED = ("gradient", "activation")
 _INPLACE = ("fuse_mode='inplace'", "fuse_mode='difference'")  # the option and what works without it, for messages
 
 
@@ -68,25 +66,22 @@ class SRLora(LowRankMethod):
         "log",
         "sketch",
     )
-    growing = (*pairs.HISTORY, "RA", "RB", "log")
+    growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
     derived = ("folded",)
 
     def shapes(self, cfg: SRLoraConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
-        sketched = cfg.reservoir in SKETCHED
-        spare = 0 if sketched else self.r_target(cfg, r, (n_out, n_in)) - r
+        spare = self.r_target(cfg, r, (n_out, n_in)) - r
         every = pairs.shapes(r, n_in, n_out)
-        own = {name: every[name] for name in pairs.TENSORS} if sketched and cfg.init_weights == "lora" else every
+        from_zero = cfg.sketches and cfg.init_weights == "lora"
         return {
-            **own,
-            **({"sketch": (r + sketch.OVERSAMPLING, n_in)} if sketched else {}),
+            **({name: every[name] for name in pairs.TENSORS} if from_zero else every),
+            **reservoir.shapes(r, spare, n_in, n_out, sketched=cfg.sketches),
             **dict.fromkeys(("IA", "QA"), (r, n_in)),
             **dict.fromkeys(("IB", "QB"), (n_out, r)),
             **dict.fromkeys(("slot_dir", "born"), (r,)),
             **dict.fromkeys(("cursor", "events"), ()),
             "HA": (0, n_in),
             "HB": (n_out, 0),
-            "RA": (spare, n_in),
-            "RB": (n_out, spare),
             "log": (0, 4),
         }
 
@@ -105,18 +100,14 @@ class SRLora(LowRankMethod):
 
     def init(self, t: View, weight: Callable[[], Tensor]) -> int | None:
         r_target = self.r_target(t.cfg, t.r, t.op.shape)
-        spare = 0 if t.cfg.reservoir in SKETCHED else r_target - t.r
+        spare = 0 if t.cfg.sketches else r_target - t.r
         if t.cfg.init_weights != "lora" or spare:
-            wanted = min(t.op.shape) if t.cfg.reservoir == "minor" else t.r + spare
-            u, s, vh = usable_svd(weight(), wanted, **t.cfg.svd_options())
+            u, s, vh = usable_svd(weight(), t.r + spare, **t.cfg.svd_options())
             if len(s) < t.r:
                 return len(s)
             down, up = pairs.principal_factors(u, s, vh, t.scaling)
             pairs.start(t, down[: t.r], up[:, : t.r])
-            rest = torch.arange(t.r, len(s), device=down.device)
-            rest = rest.flip(0)[:spare] if t.cfg.reservoir == "minor" else rest[:spare]
-            t.grow("RA", down[rest].to(t.RA).clone())
-            t.grow("RB", up[:, rest].to(t.RB).clone())
+            reservoir.keep(t, down[t.r :], up[:, t.r :])
         elif t.r > min(t.op.shape):
             return min(t.op.shape)
         if t.cfg.r_target is not None and t.cfg.r_target > min(t.op.shape):
@@ -158,9 +149,7 @@ class SRLora(LowRankMethod):
         plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
         events = max(0, min(plan.events, (total - 1) // plan.interval) - int(t.events)) if plan.events else 0
         pairs_to_come = plan.per_event * events
-        if t.cfg.reservoir in SKETCHED:
-            pairs_to_come += t.r if int(t.step) < (t.cfg.first_event or 0) else 0
-        elif t.cfg.exhaustion == "stop":
+        if t.cfg.exhaustion == "stop" and not t.cfg.sketches:
             pairs_to_come = min(pairs_to_come, t.RA.shape[0])
         ranks = 1 if t.A0 is None else 2
         return min(ranks * (t.r + pairs_to_come) + t.HA.shape[0], *t.op.shape)
@@ -206,7 +195,7 @@ class SRLora(LowRankMethod):
             correct()
         due = [t for t in views if self.due(t, ctx)]
         if due:
-            lows = [self.lowest(t, self.moving(t, ctx)) for t in due]
+            lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]
             agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
             for t, low in zip(due, agreed, strict=True):
                 self.recompose(t, low, ctx)
@@ -221,20 +210,15 @@ class SRLora(LowRankMethod):
     def event_at(self, t: View, step: int, total_steps: int) -> bool:
         """Whether the plan has an event after `step`, as far as numbers known before training say."""
         plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
-        regular = plan.events > 0 and step % plan.interval == 0
-        return step < total and (regular or step == t.cfg.first_event)
+        return plan.events > 0 and step % plan.interval == 0 and step < total
 
     def due(self, t: View, ctx: StepContext) -> bool:
         # the tensors are read (a synchronisation on GPU) only where the plan has an event
-        if not self.event_at(t, ctx.step, ctx.total_steps):
-            return False
-        most = self.plan(t, ctx.total_steps).events + (t.cfg.first_event is not None)
-        has_directions = t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.reservoir in SKETCHED
-        return int(t.events) < most and has_directions
-
-    def moving(self, t: View, ctx: StepContext) -> int:
-        """Number of pairs that start again in this event."""
-        return t.r if ctx.step == t.cfg.first_event else self.plan(t, ctx.total_steps).per_event
+        return (
+            self.event_at(t, ctx.step, ctx.total_steps)
+            and int(t.events) < self.plan(t, ctx.total_steps).events
+            and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.sketches)
+        )
 
     def lowest(self, t: View, per_event: int) -> Tensor:
         """Slots of the pairs with the lowest scores, in slot order; ties go to the lower slot."""
@@ -245,7 +229,7 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
-        down, up = self.next_directions(t, len(slots), ctx)
+        down, up = self.next_directions(t, slots, ctx)
         slots = slots[: down.shape[0]]
         t.events.add_(1)
         if len(slots) == 0:
@@ -265,16 +249,13 @@ class SRLora(LowRankMethod):
         treat_moments(ctx, t.B, 1, slots, t.cfg.optimizer_reset)
         t.layer.derive(t.adapter)
 
-    def next_directions(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
-        """(down, up) of the next `count` unused directions, taken out of the reservoir."""
-        if t.cfg.reservoir in SKETCHED:
-            return self.sketched(t, count)
+    def next_directions(self, t: View, slots: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
+        """(down, up) of the next directions, one for each of `slots` or fewer."""
+        if t.cfg.sketches:
+            return reservoir.sketched(t, slots)
         if t.RA.shape[0] == 0:
-            return self.redecompose(t, count, ctx)
-        down, up = t.RA[:count].to(t.A.device), t.RB[:, :count].to(t.B.device)
-        t.grow("RA", t.RA[count:].clone())
-        t.grow("RB", t.RB[:, count:].clone())
-        return down, up
+            return self.redecompose(t, len(slots), ctx)
+        return reservoir.take(t, len(slots))
 
     def redecompose(self, t: View, count: int, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """exhaustion="resvd": the top directions of the frozen part as it is now, W + s (H - B* A*)."""
@@ -284,28 +265,14 @@ class SRLora(LowRankMethod):
         usable = numerical_rank(s, *frozen.shape)
         return pairs.principal_factors(u[:, :usable], s[:usable], vh[:usable], t.scaling)
 
-    # ---------------------------------------------------------------------------------- reservoirs that are sketched
-
     def watch(self, views: Sequence[View], ctx: StepContext) -> None:
         """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
-        for t in views:
-            if t.cfg.reservoir in SKETCHED:
-                near = range(ctx.step + 1, ctx.step + 1 + t.cfg.sketch_steps)
-                t.watch(any(self.event_at(t, step, ctx.total_steps) for step in near))
+        for t in views if views[0].cfg.sketches else ():
+            near = range(ctx.step + 1, ctx.step + 1 + t.cfg.sketch_steps)
+            t.watch(any(self.event_at(t, step, ctx.total_steps) for step in near))
 
-    @torch.no_grad()
     def look(self, t: View, g: Tensor, x: Tensor) -> None:
-        left = g if t.cfg.reservoir == "gradient" else x
-        # one probe for all steps before an event
-        random = sketch.probe(t.cfg.seed + 7919 * int(t.events), left.shape[1], len(t.sketch), left)
-        sketch.accumulate(t.sketch, left, x, random)
-
-    def sketched(self, t: View, count: int) -> tuple[Tensor, Tensor]:
-        """Rows as long as LoRA's start has them, 3^(-1/2) on average, and columns of zeros."""
-        kept = t.born.sort(descending=True).indices[: t.r - count]
-        rows = sketch.directions(t.sketch, count, whole(t.A)[kept])
-        t.sketch.zero_()
-        return rows * 3**-0.5, torch.zeros_like(whole(t.B)[:, :count])
+        reservoir.look(t, t.cfg.seed + 7919 * int(t.events), g, x)
 
 
 @adapter(SRLora())
@@ -348,23 +315,22 @@ class SRLoraConfig(SvdConfig):
 
     reservoir: str = knob(
         "principal",
-        "Where pairs start again: 'principal' directions of W (the paper's), 'minor' ones, or, with b = 0, those of "
-        "the current 'gradient' or of the layer's inputs ('activation'). All but the first are ours.",
+        "Where pairs start again: on the next 'principal' directions of W (the paper's), or with b = 0 on those of the "
+        "current 'gradient' (ours).",
     )
-    sketch_steps: int = knob(4, "Steps before an event in which 'gradient' and 'activation' are gathered.")
-    first_event: int | None = knob(
-        None, "A further event after this step in which all pairs start again; for 'gradient' and 'activation' (ours)."
-    )
+    sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
     fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
     select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
 
+    @property
+    def sketches(self) -> bool:
+        """Whether new directions come from the gradient."""
+        return self.reservoir == "gradient"
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        sketched = self.reservoir in SKETCHED
         self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
         self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
-        first = self.first_event is None or (sketched and self.first_event >= 1)
-        self._require(first, "first_event", "None, or with reservoir='gradient' or 'activation' a step from 1 on")
         self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -376,7 +342,7 @@ class SRLoraConfig(SvdConfig):
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "init_weights": (True, False, "lora"),
-    "reservoir": ("principal", "minor", *SKETCHED),
+    "reservoir": ("principal", "gradient"),
     "select": ("score", "oldest"),
     "schedule": ("spread", "paper"),
     "score_reset": ("all", "replaced"),

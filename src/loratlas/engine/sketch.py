@@ -1,12 +1,11 @@
-"""Directions of the current gradient or of the layer's input, from thin products alone.
+"""Directions of the current gradient, from thin products alone.
 
 With g (tokens, out) and x (tokens, in) of a backward pass, dL/dW = g^T x. A random probe P (out, k) gives the sketch
 
     Z = P^T dL/dW = (g P)^T x      (k, in),  summed over the batches of a few steps
 
 whose row space is close to the leading right singular space of dL/dW when k is a little more than the number of
-directions that are wanted (Halko, Martinsson, Tropp 2011, section 4). With x in place of g and P (in, k) it is the
-leading space of the inputs. No (out, in) matrix is ever formed.
+directions that are wanted (Halko, Martinsson, Tropp 2011, section 4). No (out, in) matrix is ever formed.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ def probe(seed: int, width: int, k: int, like: Tensor) -> Tensor:
     return drawn.to(device=like.device, dtype=like.dtype)
 
 
-def accumulate(sketch: Tensor, left: Tensor, x: Tensor, random: Tensor) -> None:
-    """Z += (left P)^T x for left (tokens, width), x (tokens, in), P = `random` (width, k); sketch: (k, in)."""
-    sketch.add_(((left @ random).T @ x).to(sketch.dtype))
+def accumulate(sketch: Tensor, g: Tensor, x: Tensor, random: Tensor) -> None:
+    """Z += (g P)^T x for g (tokens, out), x (tokens, in), P = `random` (out, k); sketch: (k, in)."""
+    sketch.add_(((g @ random).T @ x).to(sketch.dtype))
 
 
 def directions(sketch: Tensor, count: int, kept: Tensor) -> Tensor:

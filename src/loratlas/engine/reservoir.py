@@ -1,0 +1,54 @@
+"""Directions on which rank-one pairs start again: kept from the start, or sketched while training (see `sketch`).
+
+RA (k, in), RB (out, k) are k pairs that wait, in the order of their use. For the gradient's directions there are none;
+the sketch Z (r + 4, in) of the weight's gradient is gathered in the backward passes of the last steps before an event,
+and new pairs start at (a, 0) with orthonormal rows a of its leading row space, as long as LoRA's start has them on
+average, 3^(-1/2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from loratlas.engine import sketch
+from loratlas.engine.method import View
+from loratlas.engine.sharded import whole
+
+BUFFERS = ("RA", "RB", "sketch")
+GROWING = ("RA", "RB")
+LENGTH = 3**-0.5
+
+
+def shapes(r: int, spare: int, n_in: int, n_out: int, *, sketched: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes of the buffers for `spare` pairs that wait, or for a sketch."""
+    if sketched:
+        return {"RA": (0, n_in), "RB": (n_out, 0), "sketch": (r + sketch.OVERSAMPLING, n_in)}
+    return {"RA": (spare, n_in), "RB": (n_out, spare)}
+
+
+def keep(t: View, down: Tensor, up: Tensor) -> None:
+    """Let the pairs of down (k, in) and up (out, k) wait."""
+    t.grow("RA", down.to(t.RA).clone())
+    t.grow("RB", up.to(t.RB).clone())
+
+
+def take(t: View, count: int) -> tuple[Tensor, Tensor]:
+    """(down, up) of the next `count` pairs that wait; they are gone then."""
+    down, up = t.RA[:count].to(t.A.device), t.RB[:, :count].to(t.B.device)
+    keep(t, t.RA[count:], t.RB[:, count:])
+    return down, up
+
+
+@torch.no_grad()
+def look(t: View, draw: int, g: Tensor, x: Tensor) -> None:
+    """Gather from one backward pass; `draw` numbers the probe, which all steps before an event share."""
+    sketch.accumulate(t.sketch, g, x, sketch.probe(draw, g.shape[1], len(t.sketch), g))
+
+
+def sketched(t: View, slots: Tensor) -> tuple[Tensor, Tensor]:
+    """(down, up) of new pairs for `slots` (k,) from the sketch, which is emptied."""
+    stays = torch.ones(len(t.A), dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
+    rows = sketch.directions(t.sketch, len(slots), whole(t.A)[stays])
+    t.sketch.zero_()
+    return rows * LENGTH, torch.zeros_like(whole(t.B)[:, slots])
