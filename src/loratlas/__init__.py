@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.strategies.lisa import LisaCallback, LisaConfig
+    from loratlas.strategies.lt_sft import LtSftCallback, LtSftConfig
+    from loratlas.strategies.sparse_delta import SparseDelta, compose_deltas
     from loratlas.train.atomic import AtomicCheckpoints
     from loratlas.train.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 
@@ -88,6 +90,8 @@ __all__ = [
     "LoraProConfig",
     "LoraSBConfig",
     "LoraXSConfig",
+    "LtSftCallback",
+    "LtSftConfig",
     "NLoraConfig",
     "NolaConfig",
     "PairCollator",
@@ -99,12 +103,14 @@ __all__ = [
     "SaltConfig",
     "SoKAConfig",
     "SoRAConfig",
+    "SparseDelta",
     "TriAdaptLoraConfig",
     "UserError",
     "WaRAConfig",
     "__version__",
     "attach",
     "calibrate",
+    "compose_deltas",
     "load_checkpoint",
     "load_lora",
     "newest_checkpoint",
@@ -156,6 +162,10 @@ _HOMES = {
     "PairedData": "loratlas.objectives.pairing",
     "LisaCallback": "loratlas.strategies.lisa",
     "LisaConfig": "loratlas.strategies.lisa",
+    "LtSftCallback": "loratlas.strategies.lt_sft",
+    "LtSftConfig": "loratlas.strategies.lt_sft",
+    "SparseDelta": "loratlas.strategies.sparse_delta",
+    "compose_deltas": "loratlas.strategies.sparse_delta",
     "DCTAdamW": "loratlas.optim.dct_adamw",
     "DCTAdamWConfig": "loratlas.optim.dct_adamw",
     "FiraAdamW": "loratlas.optim.fira",

@@ -27,7 +27,8 @@ class AtomicCheckpoints:
     """Mixin for any Trainer: `class MyTrainer(AtomicCheckpoints, Trainer)`, before the Trainer in the list.
 
     A checkpoint appears under its name when all of it is on disk, `save_total_limit` removes older ones only then,
-    and everything in it is safetensors or JSON. `train(resume_from_checkpoint=True)` takes the newest complete one and
+    and everything in it is safetensors or JSON. Callbacks with `state_dict` and `load_state_dict` keep their tensors there
+    too. `train(resume_from_checkpoint=True)` takes the newest complete one and
     logs which it skipped; a finished run is loaded and not trained further. Single device and DistributedDataParallel.
 
     Attributes:
@@ -56,6 +57,7 @@ class AtomicCheckpoints:
         if state.global_step >= (self.args.max_steps if self.args.max_steps > 0 else state.max_steps):
             # Trainer would take one more step before it looks at the limit
             self._load_from_checkpoint(str(checkpoint))
+            _restore_callbacks(self, checkpoint)
             self.state = state
             return TrainOutput(state.global_step, 0.0, {})
         return super().train(str(checkpoint), *args, **kwargs)  # type: ignore[misc]
@@ -80,6 +82,8 @@ class AtomicCheckpoints:
             if self.args.should_save:
                 self.state.save_to_json(str(folder / _STATE))
                 write_state(folder, "extra", {"step": step, "extra": self.checkpoint_extra})
+                for name, callback in _stateful(self):
+                    write_state(folder, name, callback.state_dict())
         if self._pushes:
             super()._push_from_checkpoint(str(target))  # type: ignore[misc]
 
@@ -131,6 +135,7 @@ class AtomicCheckpoints:
         if checkpoint is not None:
             restore_optimizer(self.optimizer, read_optimizer_state(Path(checkpoint), self.model, self.optimizer))
             self.lr_scheduler.load_state_dict(read_state(Path(checkpoint), "scheduler"))
+            _restore_callbacks(self, Path(checkpoint))
 
     def _load_scaler(self: Any, checkpoint: str | None) -> None:
         if checkpoint is not None and (Path(checkpoint) / "scaler.json").is_file():
@@ -139,6 +144,18 @@ class AtomicCheckpoints:
     def _load_rng_state(self: Any, checkpoint: str | None) -> None:
         if checkpoint is not None:
             set_generator_states(read_state(Path(checkpoint), generators(self.args.process_index)))
+
+
+def _stateful(trainer: Any) -> list[tuple[str, Any]]:
+    """(name of the state in a checkpoint, callback) of those whose state is more than trainer_state.json can hold."""
+    found = [callback for callback in trainer.callback_handler.callbacks if hasattr(callback, "load_state_dict")]
+    return [(f"callback-{type(callback).__name__}", callback) for callback in found]
+
+
+def _restore_callbacks(trainer: Any, checkpoint: Path) -> None:
+    """Before `on_train_begin`, which finds the state there."""
+    for name, callback in _stateful(trainer):
+        callback.load_state_dict(read_state(checkpoint, name))
 
 
 def _refuse_sharded(trainer: Any) -> None:

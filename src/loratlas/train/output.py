@@ -2,6 +2,7 @@
 
 adapter/        PEFT's folder, of a run that trained an adapter
 model/          the whole model, of a run that trained the base model's own weights
+delta/          what a strategy leaves beside it, such as LT-SFT's sparse delta
 result.json, config.yaml, checkpoints/
 """
 

@@ -113,6 +113,8 @@ def _run(
     evals = _evaluated(trainer)
     drop_empty_checkpoints(spec.output_dir)
     weights = save_weights(made.model, task, spec.output_dir, spec.model)
+    if diverged is None:
+        made.save_result(spec.output_dir)
     result = RunResult(
         method=members.name,
         label=members.label,

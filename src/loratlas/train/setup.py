@@ -59,6 +59,11 @@ class Ready:
         """What the strategy says after training."""
         return self.strategy.remarks() if hasattr(self.strategy, "remarks") else []
 
+    def save_result(self, directory: str) -> None:
+        """Write what the strategy leaves beside the weights."""
+        if hasattr(self.strategy, "save_result"):
+            self.strategy.save_result(self.model, directory)
+
 
 def ready(spec: RunSpec, cast: Cast, task: TaskData, rate: float) -> Ready:
     """Load the model of `spec`, adapt it if the cast has an adapter, and make the parts.
