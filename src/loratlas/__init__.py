@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
     from loratlas.adapters.svfit import SVFitConfig
+    from loratlas.adapters.tlora import TLoraConfig
     from loratlas.adapters.triadaptlora import TriAdaptLoraConfig
     from loratlas.adapters.wara import WaRAConfig
     from loratlas.engine.calibrate import calibrate
@@ -104,6 +105,7 @@ __all__ = [
     "SoKAConfig",
     "SoRAConfig",
     "SparseDelta",
+    "TLoraConfig",
     "TriAdaptLoraConfig",
     "UserError",
     "WaRAConfig",
@@ -153,6 +155,7 @@ _HOMES = {
     "load_lora": "loratlas.adapters.load_lora",
     "SVFitConfig": "loratlas.adapters.svfit",
     "WaRAConfig": "loratlas.adapters.wara",
+    "TLoraConfig": "loratlas.adapters.tlora",
     "TriAdaptLoraConfig": "loratlas.adapters.triadaptlora",
     "calibrate": "loratlas.engine.calibrate",
     "relative_fisher": "loratlas.engine.relative_fisher",
