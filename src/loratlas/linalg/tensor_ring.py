@@ -60,8 +60,9 @@ def ring_factors(ups: Sequence[Tensor], downs: Sequence[Tensor]) -> tuple[Tensor
 def identity_cores(sizes: Sequence[int], rank: int, generator: torch.Generator | None = None) -> list[Tensor]:
     """Cores of T = I, fp64: A_d[:, :, r, s] = I / R for all r, s (Proposition 1).
 
-    With a generator A_d[i, i] = G_d^-1 (ones / R) G_(d+1) instead, the G random and in a ring: T is I as well, but
-    the R^2 slices differ. Equal ones have equal gradients, so that they never part and the ring is worth no more than R = 1.
+    With a generator A_d[i, i] = G_d^-1 (ones / R) G_(d+1) instead, the G random and in a ring: T is I as well, but the
+    R^2 slices differ. Equal ones have equal gradients, so that they never part and the ring is worth no more than one
+    of R = 1.
     """
     ones = torch.full((rank, rank), 1.0 / rank, dtype=torch.float64)
     turns = [torch.eye(rank, dtype=torch.float64) for _ in sizes]
