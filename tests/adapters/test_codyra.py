@@ -16,6 +16,7 @@ from toys import TARGETS, Toy, adamw, base_bytes, inputs, train, trainable, view
 from loratlas import AtlasLoraConfig, CoDyRAConfig, UserError, attach
 from loratlas.adapters.codyra import CoDyRA, next_task
 from loratlas.adapters.task_stream import Task, learn_tasks
+from loratlas.analysis.ranks import rank_history
 from loratlas.engine.export import export_lora
 
 Pair = tuple[Tensor, Tensor]
@@ -96,6 +97,8 @@ def test_what_a_task_has_left_stays_and_the_rest_starts_again(earlier: str, tmp_
     torch.testing.assert_close(stock(x), model(x), rtol=1e-5, atol=1e-5)
     starts = [entry[0] for entry in view(model).rank_log.tolist()]
     assert starts.count(0) == 4
+    model.save_pretrained(tmp_path / "own")
+    assert [(row["steps"], row["ranks"]) for row in rank_history(tmp_path / "own")] == [([0], [4])] * 2
 
 
 def test_both_forms_of_earlier_tasks_are_the_same_function() -> None:

@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from toys import TARGETS, Toy, adamw, goal, inputs, train, trainable, view, views
-from transformers import get_scheduler
+from transformers import Trainer, TrainingArguments, get_scheduler
 
-from loratlas import SoRAConfig, UserError, attach
+from loratlas import LifecycleCallback, SoRAConfig, UserError, attach
 from loratlas.analysis.inspect import inspect_adapter
 from loratlas.engine.export import export_lora
 
@@ -189,6 +189,21 @@ def test_the_term_is_the_mean_over_all_gates(caplog: pytest.LogCaptureFixture) -
     loss.backward()
     optimizer.step()
     assert caplog.text == ""
+
+
+def test_a_trainer_has_the_term_and_the_stages(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    model = get_peft_model(WithLoss(), config(sparse_lambda=10.0, xi_schedule=[0.0, 0.5], gate_init="ones"))
+    rows = [{"x": row} for row in inputs()]
+    plan = {"max_steps": 8, "per_device_train_batch_size": 6, "learning_rate": 4e-3, "logging_steps": 1}
+    quiet = {"report_to": "none", "remove_unused_columns": False, "save_strategy": "no", "disable_tqdm": True}
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, **plan, **quiet)
+    trainer = Trainer(model, arguments, train_dataset=rows, callbacks=[LifecycleCallback()])
+    trainer.train()
+    logs = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["learning_rate"] for row in logs] == pytest.approx([rate * 1e-3 for rate in RATES["restart"]])
+    assert logs[0]["loss"] == pytest.approx(10.0 + float(Toy()(inputs()).square().mean().detach()), rel=1e-3)
+    assert all(int(t.gates.count_nonzero()) == 0 for t in views(model))
 
 
 def test_a_loop_with_a_loss_of_its_own_is_told(caplog: pytest.LogCaptureFixture) -> None:

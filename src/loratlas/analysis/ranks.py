@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from torch import Tensor
+
 from loratlas.analysis.adapter_folder import AdapterFolder, read_adapter
 from loratlas.analysis.update import layer_tensors
 
@@ -13,18 +15,26 @@ def rank_history(adapter: AdapterFolder | str | os.PathLike[str]) -> list[dict[s
     """One entry a layer, in the order of the file; empty for adapters whose ranks do not move.
 
     Each is {"layer", "steps", "ranks"}: from the end of optimizer step steps[i] on, module `layer` had the rank
-    ranks[i]. steps[0] is the step at which the log begins, 0 in a run that was followed from its start.
+    ranks[i]. steps[0] is the step at which the log begins, 0 in a run that was followed from its start. Of an adapter
+    that has learned several tasks it is the last one.
 
     Raises:
         UserError: `adapter` is a path that `read_adapter` refuses.
     """
     folder = adapter if isinstance(adapter, AdapterFolder) else read_adapter(adapter)
-    logs = {layer: tensors.get("rank_log") for layer, tensors in layer_tensors(folder).items()}
+    layers = layer_tensors(folder).items()
+    logs = {layer: _last_plan(tensors["rank_log"]) for layer, tensors in layers if "rank_log" in tensors}
     return [
         {"layer": layer, "steps": log[:, 0].tolist(), "ranks": log[:, 1].tolist()}
         for layer, log in logs.items()
-        if log is not None and len(log)
+        if len(log)
     ]
+
+
+def _last_plan(log: Tensor) -> Tensor:
+    """The log from its last entry of step 0 on."""
+    starts = (log[:, 0] == 0).nonzero().flatten()
+    return log[int(starts[-1]) :] if len(starts) else log
 
 
 def rank_at(history: dict[str, Any], step: int) -> int:
