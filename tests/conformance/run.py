@@ -41,7 +41,7 @@ CASES = {
     "svfit": {"config": "loratlas:SVFitConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {}},
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "allora": {"config": "loratlas:ALLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
-    "dylora": {"config": "loratlas:DyLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
+    "dylora": {"config": "loratlas:DyLoraConfig", "kinds": KINDS, "kwargs": {"r": 4, "frozen": False}},
     # these start with factors so small that PEFT's three steps of SGD hardly move them: a larger scaling
     "increlora": {
         "config": "loratlas:IncreLoraConfig",
@@ -79,7 +79,7 @@ CASES = {
     },
     "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
-    "tlora": {"config": "loratlas:TLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 2}},
+    "tlora": {"config": "loratlas:TLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 2, "num_factors": 2}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form
