@@ -79,7 +79,7 @@ CASES = {
     },
     "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
-    "tlora": {"config": "loratlas:TLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 2, "num_factors": 2}},
+    "tlora": {"config": "loratlas:TLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 1, "num_factors": 2}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
 # plain factors, pairs that move, a diagonal core, a square core, no low-rank form
