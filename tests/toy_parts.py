@@ -30,10 +30,11 @@ def catalogued() -> Iterator[None]:
     rows = catalog._load()["systems"]
     for slug, (kind, name) in ROWS.items():
         rows[slug] = System(slug, slug.title(), "2000.00000", kind, "A toy.", ("none",), entry=f"toy_parts:{name}")
+    rows["toy-planned"] = System("toy-planned", "Planned", "2000.00000", "objective", "A toy.", ("none",))
     try:
         yield
     finally:
-        for slug in ROWS:
+        for slug in (*ROWS, "toy-planned"):
             del rows[slug]
 
 

@@ -94,7 +94,7 @@ REFUSED = {
     "two adapters": ({"method": "lora+srlora"}, "method", "both of kind adapter"),
     "another kind": ({"method": "lora", "optimizer": "toy-scaled"}, "optimizer", "of kind objective"),
     "unknown": ({"method": "lora", "objective": "toy-scale"}, "objective", "did you mean toy-scaled"),
-    "planned": ({"method": "lora+smora"}, "method", "smora is planned"),
+    "planned": ({"method": "lora+toy-planned"}, "method", "toy-planned is planned"),
     "option": (
         {"method": "toy-pairs", "optimizer_options": {"momentun": 1}},
         "optimizer_options.momentun",
