@@ -257,8 +257,10 @@ def test_inspect_shows_the_ranks_over_time(work: list[str], tmp_path: Path) -> N
     assert code == 0
     assert "The rank of each layer: 26 in all, 2 on average" in text
     row = next(line for line in text.partition("moved at step")[2].splitlines() if "3:2" in line or "5:2" in line)
-    assert "▄" in row
-    assert "█" in row
+    bars = [mark for mark in row if mark in "▁▂▃▄▅▆▇█"]
+    assert len(bars) == 20
+    assert bars == sorted(bars)
+    assert bars[0] < bars[-1]
     found = json.loads(call("inspect", out, "--json")[1])
     assert sum(entry["ranks"][-1] for entry in found["ranks"]) == 26
 

@@ -42,16 +42,16 @@ CASES = {
     "loldu": {"config": "loratlas:LoLDUConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "allora": {"config": "loratlas:ALLoraConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "dylora": {"config": "loratlas:DyLoraConfig", "kinds": KINDS, "kwargs": {"r": 4, "frozen": False}},
-    # these start with factors so small that PEFT's three steps of SGD hardly move them: a larger scaling
+    # two that start with factors so small that three steps hardly move them in PEFT's Conv1D without a scale
     "increlora": {
         "config": "loratlas:IncreLoraConfig",
         "kinds": KINDS[:2] + KINDS[3:],
-        "kwargs": {"r": 4, "init_r": 4, "lora_alpha": 1024},
+        "kwargs": {"r": 4, "init_r": 4, "alpha_pattern": {"conv1d": 4096}},
     },
     "triadaptlora": {
         "config": "loratlas:TriAdaptLoraConfig",
         "kinds": KINDS[:2] + KINDS[3:],
-        "kwargs": {"r": 4, "init_r": 4, "lora_alpha": 64, "init_variant": "eye"},
+        "kwargs": {"r": 4, "init_r": 4, "alpha_pattern": {"conv1d": 128}, "init_variant": "eye"},
     },
     "lamda": {"config": "loratlas:LamdaConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "lora-sb": {
