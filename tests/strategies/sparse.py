@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -33,6 +34,27 @@ def batch(step: int, goal: int = 0) -> Batch:
     x = torch.randn(12, 10, generator=torch.Generator().manual_seed(1000 + step))
     with torch.random.fork_rng(), torch.no_grad():
         return x, Net(50 + goal)(x)
+
+
+def shifted(model: nn.Module, *seeds: int) -> Callable[[int], Batch]:
+    """Batches labelled by a copy of `model` in which every seed changes 20 entries of a trunk's weight by 1."""
+    goal: Any = copy.deepcopy(model)
+    for seed in seeds:
+        where = torch.randperm(256, generator=torch.Generator().manual_seed(70 + seed))[:20]
+        goal.trunk[3].weight.data.view(-1)[where] += 1.0
+
+    def data(step: int) -> Batch:
+        with torch.no_grad():
+            x = batch(step)[0]
+            return x, goal(x)
+
+    return data
+
+
+@torch.no_grad()
+def loss(model: nn.Module, data: Callable[[int], Batch]) -> float:
+    """Mean over ten batches that nothing was trained on."""
+    return sum(float(F.mse_loss(model(x), y)) for x, y in map(data, range(500, 510))) / 10
 
 
 def config(**options: Any) -> LtSftConfig:
