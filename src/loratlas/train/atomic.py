@@ -27,9 +27,9 @@ class AtomicCheckpoints:
     """Mixin for any Trainer: `class MyTrainer(AtomicCheckpoints, Trainer)`, before the Trainer in the list.
 
     A checkpoint appears under its name when all of it is on disk, `save_total_limit` removes older ones only then,
-    and everything in it is safetensors or JSON. Callbacks with `state_dict` and `load_state_dict` keep their tensors there
-    too. `train(resume_from_checkpoint=True)` takes the newest complete one and
-    logs which it skipped; a finished run is loaded and not trained further. Single device and DistributedDataParallel.
+    and everything in it is safetensors or JSON. Callbacks with `state_dict` and `load_state_dict` keep their tensors
+    there too. `train(resume_from_checkpoint=True)` takes the newest complete one and logs which it skipped; a finished
+    run is loaded and not trained further. Single device and DistributedDataParallel.
 
     Attributes:
         checkpoint_extra: stored in every checkpoint as extra.json; see `checkpoint.save_checkpoint`.
