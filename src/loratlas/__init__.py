@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from loratlas.adapters.nola import NolaConfig
     from loratlas.adapters.randlora import RandLoraConfig
     from loratlas.adapters.salt import SaltConfig
+    from loratlas.adapters.sltrain import SLTrainConfig, SLTrainLinear, replace_linears
     from loratlas.adapters.soka import SoKAConfig
     from loratlas.adapters.sora import SoRAConfig
     from loratlas.adapters.srlora import SRLoraConfig
@@ -99,6 +100,8 @@ __all__ = [
     "PairedData",
     "PerturbedAdamW",
     "RandLoraConfig",
+    "SLTrainConfig",
+    "SLTrainLinear",
     "SRLoraConfig",
     "SVFitConfig",
     "SaltConfig",
@@ -117,6 +120,7 @@ __all__ = [
     "load_lora",
     "newest_checkpoint",
     "relative_fisher",
+    "replace_linears",
     "save_checkpoint",
     "set_rank",
 ]
@@ -141,6 +145,9 @@ _HOMES = {
     "NLoraConfig": "loratlas.adapters.nlora",
     "NolaConfig": "loratlas.adapters.nola",
     "RandLoraConfig": "loratlas.adapters.randlora",
+    "SLTrainConfig": "loratlas.adapters.sltrain",
+    "SLTrainLinear": "loratlas.adapters.sltrain",
+    "replace_linears": "loratlas.adapters.sltrain",
     "SRLoraConfig": "loratlas.adapters.srlora",
     "SaltConfig": "loratlas.adapters.salt",
     "SoKAConfig": "loratlas.adapters.soka",

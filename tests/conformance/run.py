@@ -79,6 +79,7 @@ CASES = {
     },
     "diffora": {"config": "loratlas:DiffoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4}},
     "sora": {"config": "loratlas:SoRAConfig", "kinds": KINDS[:2] + KINDS[3:], "kwargs": {"r": 4, "lora_alpha": 1}},
+    "sltrain": {"config": "loratlas:SLTrainConfig", "kinds": KINDS[:2], "kwargs": {"r": 4}},
     "tlora": {"config": "loratlas:TLoraConfig", "kinds": KINDS[:2], "kwargs": {"r": 1, "num_factors": 2}},
     "srlora": {"config": "loratlas:SRLoraConfig", "kinds": KINDS, "kwargs": {"r": 4}},
 }
