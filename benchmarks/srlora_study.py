@@ -43,7 +43,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-score": ("srlora", LORA_START),
     "gradient": ("srlora", {**LORA_START, "select": "oldest"}),
 }
-_BASELINE, _AGAIN, _TEST_ROWS = "lora", 1000, 1000
+_BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000
 Rows = list[dict[str, Any]]
 
 
@@ -63,7 +63,7 @@ def main(
 ) -> None:
     quiet_libraries()
     from loratlas.train import statistics
-    from loratlas.train.search import hold_out, search_seed
+    from loratlas.train.search import hold_out
 
     names = list(dict.fromkeys([_BASELINE, *(arm or ARMS)]))
     if unknown := [name for name in names if name not in ARMS]:
@@ -75,7 +75,7 @@ def main(
     place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}"
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        search = [_run(place, name, point, search_seed(range(seeds)), searched, "search", shared) for point in grid]
+        search = [_run(place, name, point, _SEARCH_SEED, searched, "search", shared) for point in grid]
         best = max(search, key=lambda row: (row["final"] if row["diverged_at"] is None else -1.0, -row["rate"]))
         point = best["rate"], best["scale"]
         again = [_AGAIN + seed for seed in range(seeds)] if name == _BASELINE else []
