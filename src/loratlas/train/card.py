@@ -109,12 +109,12 @@ def _ship(result: RunResult, system: System) -> str:
 
 
 def _training(result: RunResult) -> str:
-    options = _listed(result.options) or "the method's defaults"
-    parts = "".join(f"; of {slug}: {_listed(values)}" for slug, values in result.parts.items() if values)
+    options = [] if result.model_dir else [_listed(result.options) or "the method's defaults"]
+    options += [f"of {slug}: {_listed(values)}" for slug, values in result.parts.items() if values]
     versions = ", ".join(f"{name} {version}" for name, version in result.versions.items())
     return (
         f"## Training\n\n{result.steps} steps of {result.batch_size} rows, learning rate {result.learning_rate:g}, "
-        f"seed {result.seed}; options: {options}{parts}.\n\nVersions: {versions}."
+        f"seed {result.seed}; options: {'; '.join(options)}.\n\nVersions: {versions}."
     )
 
 

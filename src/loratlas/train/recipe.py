@@ -85,7 +85,7 @@ class Recipe:
     learning_rate: float | None = _item(None, "Peak learning rate; null: the catalogue's.", above=0.0)
     lr_scheduler: str = _item("linear", f"{', '.join(SCHEDULERS)}.", choices=SCHEDULERS)
     warmup: float = _item(0.06, "Share of the steps in which the learning rate rises.", least=0.0, most=1.0)
-    weight_decay: float = _item(0.0, "AdamW's; it pulls the adapter's tensors towards zero.", least=0.0)
+    weight_decay: float = _item(0.0, "The optimizer's; it pulls what trains towards zero.", least=0.0)
     max_grad_norm: float = _item(1.0, "Longer gradients are cut to this norm.", above=0.0)
     bf16: bool = _item(False, "Mixed precision with bfloat16.")
     eval_every: int | None = _item(None, "Steps between evaluations; null: a fifth of the steps.", least=1)
