@@ -10,7 +10,7 @@ demo: $(VENV)/.demo-installed
 
 test: $(VENV)/.test-installed lint docs
 	$(BIN)/python tests/conformance/run.py --one-of-each-kind
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --cov=loratlas --cov-report=term:skip-covered
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --cov=loratlas --cov-report=term:skip-covered
 
 lint: $(VENV)/.test-installed
 	$(BIN)/ruff check .
