@@ -98,7 +98,9 @@ def results(name: str) -> str:
     if not file.is_file():
         return f"Not measured yet: run `python benchmarks/{name}.py`."
     found = json.loads(file.read_text(encoding="utf-8"))
-    return glue(found) if name == "glue" else measured(found)
+    if "tasks" in found:
+        return glue(found)
+    return study(found) if "arms" in found else measured(found)
 
 
 def measured(found: dict[str, Any]) -> str:
@@ -122,6 +124,23 @@ def glue(found: dict[str, Any]) -> str:
         table = _table(tuple(headings(task)), [tuple(row_cells(task, row)) for row in ranked(task)])
         parts += [f"**{name}**: {task['task']}", table, " ".join(filter(None, [verdict_line(task), noise_line(task)]))]
     return "\n\n".join(parts)
+
+
+def study(found: dict[str, Any]) -> str:
+    """The arms of a study, each at the rate and scale that its search found, against the first of them."""
+    rows = []
+    for name, arm in found["arms"].items():
+        finals = [run["final"] for run in arm["runs"] if run["seed"] < 1000]
+        gap = arm["against_lora"]
+        half = "" if gap["half"] is None else f" ± {gap['half']:.3f}"
+        values = " ".join(f"{value:.3f}" for value in finals)
+        reached = arm["steps_to_lora"] or "not reached"
+        mean = f"{sum(finals) / len(finals):.3f}"
+        rows.append((name, f"{arm['rate']:g}", f"{arm['scale']:g}", values, mean, f"{gap['mean']:+.3f}{half}", reached))
+    head = ("arm", "rate", "scale", "seeds", "mean", "against LoRA, paired", "steps to LoRA's end")
+    about = f"`{found['command']}`, {found['date']}, r = {found['r']}, {found['steps']} steps, {found['metric']}."
+    floor = f"Two sets of LoRA runs under other seeds are {found['noise']['level']:.3f} apart (root mean square)."
+    return "\n\n".join([about, _table(head, rows), floor])
 
 
 GENERATORS: dict[str, Callable[..., str]] = {
