@@ -9,7 +9,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from sparse import Net, adamw, batch, config

@@ -27,8 +27,8 @@ class AtomicCheckpoints:
     """Mixin for any Trainer: `class MyTrainer(AtomicCheckpoints, Trainer)`, before the Trainer in the list.
 
     A checkpoint appears under its name when all of it is on disk, `save_total_limit` removes older ones only then,
-    and everything in it is safetensors or JSON. Callbacks with `state_dict` and `load_state_dict` keep their tensors there
-    too. `train(resume_from_checkpoint=True)` takes the newest complete one and
+    and everything in it is safetensors or JSON. Callbacks with `load_state_dict` keep
+    their `state_dict` there. `train(resume_from_checkpoint=True)` takes the newest complete one and
     logs which it skipped; a finished run is loaded and not trained further. Single device and DistributedDataParallel.
 
     Attributes:
