@@ -1,4 +1,4 @@
-"""What LT-SFT decides and holds still: which parameters may change, which of their entries do, where they started."""
+"""What LT-SFT decides and holds still: which parameters may change, which entries do, and where they started."""
 
 from __future__ import annotations
 

@@ -95,8 +95,8 @@ class LtSftConfig(StrategyConfig):
             dense = round(self.dense_share * steps) if self.dense_steps is None else self.dense_steps
             if not 0 < dense < steps:
                 raise UserError(
-                    f"LT-SFT needs steps for {2 * self.n_iterations} phases, but {total_steps} steps leave one without "
-                    "any: train longer, or change dense_steps, dense_share or n_iterations."
+                    f"LT-SFT needs steps for {2 * self.n_iterations} phases, but {total_steps} leave one without: "
+                    "train longer, or change dense_steps, dense_share or n_iterations."
                 )
             lengths += [dense, steps - dense]
         return Phases(tuple(lengths))
@@ -320,7 +320,7 @@ class LtSftCallback(TrainerCallback):
         if tuple(state["phases"]) != self._phases.lengths:
             raise UserError(
                 f"the run to resume has phases of {state['phases']} steps, and now they are "
-                f"{list(self._phases.lengths)}: keep them."
+                f"{list(self._phases.lengths)}: keep its steps, dense_steps, dense_share and n_iterations."
             )
         if set(state["start"]) != set(found.trained) or set(state["masks"]) != set(found.maskable):
             raise UserError("the run to resume trained other parameters: keep maskable, freeze and freeze_layer_norm.")

@@ -4,9 +4,7 @@
 
     language.apply(model); task.apply(model)      # any order, the same model
     language.remove(model)                        # back from saved values, bit for bit
-    both = compose_deltas([language, task])
-    both.save("both")
-    SparseDelta.load("both").merged(model).save_pretrained("whole")
+    both = compose_deltas([language, task]); both.save("both"); SparseDelta.load("both").merged(model)
 
 A folder holds sparse_delta.safetensors and sparse_delta.json. It records a checksum of every base parameter it changes,
 and refuses to be added to others.
@@ -300,7 +298,7 @@ def _added(parts: Sequence[SparseDelta], name: str) -> tuple[Tensor, Tensor]:
 
 
 def _decoded(size: Sequence[int], index_steps: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Row-major (positions, values) of the official coding: sorted steps through a tensor, its first axis fastest."""
+    """Row-major (positions, values) of the official coding: sorted steps, the first axis fastest."""
     rest = index_steps.long().cumsum(0)  # the official reader's int32 overflows beyond 2^31 elements
     strides = torch.empty(tuple(size), device="meta").stride()
     flat = torch.zeros_like(rest)
