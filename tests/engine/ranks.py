@@ -61,7 +61,8 @@ class Rank:
         """Everything that was decided or learned."""
         for number, t in enumerate(views(model)):
             for key in (*t.layer.method.params, *t.layer.buffer_names()):
-                found[f"{number}.{key}"] = whole(getattr(t, key).detach())
+                if getattr(t, key) is not None:
+                    found[f"{number}.{key}"] = whole(getattr(t, key).detach())
             for key in t.layer.method.params if optimizer is not None else ():
                 for moment, value in optimizer.state[getattr(t, key)].items():
                     found[f"{number}.{key}.{moment}"] = whole(value)

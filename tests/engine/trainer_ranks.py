@@ -73,6 +73,8 @@ def train(folder: Path, name: str, checkpoint: Path | None = None) -> None:
     for number, t in enumerate(views(trainer.model)):
         assert is_sharded(t.A) == (name != "ddp")
         for key in (*t.layer.method.params, *t.layer.buffer_names()):
+            if getattr(t, key) is None:
+                continue
             found[f"{number}.{key}"] = whole(getattr(t, key).detach()).clone().contiguous()
     save_file(found, folder / f"{name}-{dist.get_rank()}.safetensors")
     trainer.save_model(str(folder / name / "final"))

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch.distributed as dist
 from safetensors.torch import save_file
-from sparse import Net, adamw, batch, config
+from small_net import Net, adamw, batch, config
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel

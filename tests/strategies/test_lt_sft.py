@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from sparse import TRUNK, Net, adamw, batch, config, differing, loss, shifted, train, tuned, values
+from small_net import TRUNK, Net, adamw, batch, config, differing, loss, shifted, train, tuned, values
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments, get_scheduler

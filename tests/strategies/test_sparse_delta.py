@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparse import Batch, Net, adamw, batch, config, differing, loss, shifted, train, values
+from small_net import Batch, Net, adamw, batch, config, differing, loss, shifted, train, values
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 

@@ -155,8 +155,10 @@ def test_a_full_disk_ends_the_run_and_not_its_checkpoints(
 
 def test_a_run_is_resumed_as_itself_only(bert: str, reviews: TaskData, rows: str, tmp_path: Path) -> None:
     begun = spec(bert, tmp_path / "a", save_every=3)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # shells ignore it for background jobs
     with pytest.raises(KeyboardInterrupt):
         run(begun, reviews, At(7, lambda: signal.raise_signal(signal.SIGINT)))
+    signal.signal(signal.SIGINT, before)
     for changed, said in (
         ({"steps": 12}, "steps was 9 and is 12"),
         ({"method": "lora"}, "method was 'srlora' and is 'lora'"),
