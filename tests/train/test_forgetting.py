@@ -53,6 +53,26 @@ def test_an_encoders_sentence_vectors_before_and_after(tmp_path: Path) -> None:
     assert row["change"]["mean"] == pytest.approx(row["after"] - row["before"])
 
 
+def test_a_whole_model_before_and_after(tmp_path: Path) -> None:
+    model = small.gpt(tmp_path / "gpt")
+    texts, old = tmp_path / "texts.txt", tmp_path / "old.txt"
+    texts.write_text("\n\n".join(["a very good film", "the book"] * 60))
+    old.write_text("\n\n".join(["poor", "bad not fine"] * 60))
+    base = BaseTask(str(old), max_length=16)
+    work = Work(model, str(texts), max_length=16)
+    template = spec(model, tmp_path / "out", learning_rate=1e-2, options={})
+    options = {"lora": {"r": 2}}
+    found = compare(["lisa", "lora"], template, work, seeds=[0], base_task=base, grid=(), options=options).runs
+    before = {run.forgetting["before"] for run in found}
+    assert len(before) == 1
+    assert before.pop() < found[0].forgetting["after"]
+    template = spec(model, tmp_path / "searched", options={}, steps=2)
+    searched = compare(["lisa"], template, work, seeds=[0], grid=(1e-3, 1e-2))
+    assert [Path(run.model_dir or run.adapter_dir).name for run in found] == ["model", "adapter"]
+    assert not [run.model_dir for run in searched.search_runs if run.model_dir]
+    assert not list((tmp_path / "searched" / "search").glob("*/model"))
+
+
 def test_a_language_models_perplexity_before_and_after(tmp_path: Path) -> None:
     model = small.gpt(tmp_path / "gpt")
     texts, old = tmp_path / "texts.txt", tmp_path / "old.txt"

@@ -15,6 +15,7 @@ from toy_parts import catalogued
 from transformers import AutoModelForSequenceClassification
 
 from loratlas import UserError
+from loratlas.analysis.adapter_folder import find_adapter
 from loratlas.train.answer import Answerer
 from loratlas.train.compare import compare
 from loratlas.train.facts import Facts
@@ -210,6 +211,8 @@ def test_a_run_of_the_base_leaves_a_whole_model(work: Work, tmp_path: Path) -> N
     assert not any("layer.1.output" in name for name in moved)
     model = AutoModelForSequenceClassification.from_pretrained(result.model_dir)
     assert model.config.id2label == {0: "no", 1: "yes"}
+    with pytest.raises(UserError, match=r"run/model is a whole model, not an adapter: from_pretrained"):
+        find_adapter(tmp_path / "run")
     answerer = Answerer(Path(result.model_dir))
     before, after = answerer.answer("a very good film")
     assert before is None or before.label in ("no", "yes")
