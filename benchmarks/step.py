@@ -28,6 +28,8 @@ from loratlas.commands.quiet import quiet_libraries
 
 # {cost of an SRLoRA arm over our LoRA}; measured where the history is cheap to beat, at d = 768
 SRLORA_COSTS = {"srlora": 1.10, "srlora-inplace": 1.03}
+# {cost of a step in which ranks grow over our LoRA of the largest rank}
+GROWTH_COSTS = {"increlora": 1.15, "triadaptlora": 1.15}
 
 
 def main(
@@ -160,6 +162,10 @@ def bars_of(setting: Setting, arms: dict[str, Arm]) -> list[Bar]:
             share = Spread.of([arms[ours].saved_bytes / arms[theirs].saved_bytes])
             bars.append(Bar(f"{setting.name}: step, {theirs} / {ours}", 1.15, faster, at_least=True))
             bars.append(Bar(f"{setting.name}: saved activations, {ours} / {theirs}", 0.8, share))
+    for name, limit in GROWTH_COSTS.items():
+        if {name, "lora"} <= set(arms):
+            cost = ratio(times[name], times["lora"])
+            bars.append(Bar(f"{setting.name}: step in growth, {name} / our LoRA of r_max", limit, cost))
     for name, limit in SRLORA_COSTS.items():
         if not {name, "lora"} <= set(arms):
             continue
