@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "nola": {"num_basis": 24},
     "salt": {"scale_ratio": 0.4},
     "srlora": {"r_target": 12},
+    "srlora-gradient": {"r_target": 12},
 }
 MOVED = {"lora-sb", "lora-xs", "nlora"}
 STEERED = {"allora"}

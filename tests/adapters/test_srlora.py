@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from toys import adamw, adapted, config, inputs, train, view, views
 
 from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
+from loratlas.adapters.srlora import GRADIENT as GRADIENT_PRESET
 from loratlas.adapters.srlora import SRLora
+from loratlas.catalog import baselines
 from loratlas.engine import sketch
 from loratlas.engine.events import Plan
 from loratlas.engine.layer import joined_factors
@@ -290,3 +292,17 @@ def test_fresh_pairs_warm_up() -> None:
     factors = SRLora.warmed(torch.tensor([0, 4, 6, 9]), 10, 3)
     assert factors.tolist() == [1.0, 1.0, 1.0, 0.25]
     assert SRLora.warmed(torch.tensor([8, 7]), 10, 3).tolist() == [0.5, 0.75]
+
+
+def test_presets_are_what_they_say_and_give_way() -> None:
+    paper = SRLoraConfig.paper(r=4)
+    assert (paper.schedule, paper.reservoir, paper.select, paper.optimizer_reset) == (
+        "paper",
+        "principal",
+        "score",
+        "keep",
+    )
+    ours = SRLoraConfig.gradient(r=4, select="score")
+    assert (ours.init_weights, ours.reservoir, ours.select) == ("lora", "gradient", "score")
+    row = next(row for row in baselines() if row.slug == "srlora-gradient")
+    assert row.options == {**GRADIENT_PRESET, "lora_alpha": 8}

@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,14 @@ from loratlas.errors import UserError
 from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
+# what makes the directions of the gradient pay, see benchmarks/srlora_study.py
+GRADIENT: dict[str, Any] = {
+    "init_weights": "lora",
+    "reservoir": "gradient",
+    "select": "oldest",
+    "optimizer_reset": "corrected",
+    "fresh_warmup": 3,
+}
 SCORES = ("IA", "QA", "IB", "QB")
 _INPLACE = ("fuse_mode='inplace'", "fuse_mode='difference'")  # the option and what works without it, for messages
 
@@ -119,7 +128,11 @@ class SRLora(LowRankMethod):
         t.slot_dir.copy_(torch.arange(t.r))
         t.cursor.fill_(t.r)
         if t.cfg.init_weights == "lora":
-            pairs.start(t, nn.init.kaiming_uniform_(torch.empty_like(t.A), a=5**0.5), torch.zeros_like(t.B))
+            # as LoRA's, so in an embedding A is the zero factor
+            zero, drawn = (t.A, t.B) if t.op.kind == "embedding" else (t.B, t.A)
+            zero.zero_()
+            nn.init.kaiming_uniform_(drawn, a=5**0.5)
+            pairs.start(t, t.A, t.B)
         elif not t.cfg.init_weights:
             t.B.add_(torch.randn_like(t.B) * t.B.abs().mean())
         return None
@@ -209,6 +222,8 @@ class SRLora(LowRankMethod):
 
     def event_at(self, t: View, step: int, total_steps: int) -> bool:
         """Whether the plan has an event after `step`, as far as numbers known before training say."""
+        if t.cfg.sketches and t.op.kind == "embedding":
+            return False  # its input are ids, which have no directions
         plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
         return plan.events > 0 and step % plan.interval == 0 and step < total
 
@@ -321,6 +336,21 @@ class SRLoraConfig(SvdConfig):
     sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
     fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
     select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
+
+    @classmethod
+    def paper(cls, **options: Any) -> SRLoraConfig:
+        """The literal method: principal directions, lowest scores, an event every N / N_switch steps, moments as they
+        are."""
+        literal = {"init_weights": True, "reservoir": "principal", "select": "score", "schedule": "paper"}
+        return cls(**{**literal, "optimizer_reset": "keep", "fresh_warmup": 0, **options})
+
+    @classmethod
+    def gradient(cls, **options: Any) -> SRLoraConfig:
+        """Ours: LoRA's start; the oldest pairs start again on the gradient's directions, with an Adam that is fresh.
+
+        Choose lora_alpha as for LoRA; with the paper's start it is 1 r.
+        """
+        return cls(**{**GRADIENT, **options})
 
     @property
     def sketches(self) -> bool:
