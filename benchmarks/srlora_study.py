@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import shutil
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -146,7 +148,10 @@ def _steps_to(runs: Rows, goal: float, seeds: int) -> float | None:
 
 
 def _write(data: str, rank: int, value: dict[str, Any]) -> None:
-    command = f"python benchmarks/srlora_study.py --data DIR/{data} --rank {rank} --steps {value['steps']}"
+    words = iter(sys.argv)
+    # where data and runs lie is this machine's business
+    kept = [f"DIR/{data}" if before == "--data" else word for before, word in itertools.pairwise(["", *words])]
+    command = shlex.join(["python", *kept])
     from paired import RESULTS, provenance
 
     write_json(RESULTS / f"srlora_study_{data}_r{rank}.json", {"command": command, **provenance(), **value})

@@ -134,7 +134,7 @@ def study(found: dict[str, Any]) -> str:
         gap = arm["against_lora"]
         half = "" if gap["half"] is None else f" ± {gap['half']:.3f}"
         values = " ".join(f"{value:.3f}" for value in finals)
-        reached = arm["steps_to_lora"] or "not reached"
+        reached = str(arm["steps_to_lora"] or "not reached")
         mean = f"{sum(finals) / len(finals):.3f}"
         rows.append((name, f"{arm['rate']:g}", f"{arm['scale']:g}", values, mean, f"{gap['mean']:+.3f}{half}", reached))
     head = ("arm", "rate", "scale", "seeds", "mean", "against LoRA, paired", "steps to LoRA's end")
