@@ -91,7 +91,8 @@ def test_the_distance_from_the_start_enters_the_loss() -> None:
     for weight in (0.0, 0.5):
         torch.manual_seed(0)
         model = get_peft_model(Loss(), SaltConfig(target_modules=["lin"], scale_rank=K, reg_weight=weight))
-        attach(model, adamw(model), total_steps=1)
+        optimizer = adamw(model)  # the terms are there as long as it lives
+        attach(model, optimizer, total_steps=1)
         t = view(model, "lin")
         with torch.no_grad():
             t.shift[0] = 2.0
