@@ -141,3 +141,10 @@ def test_what_cannot_be_is_refused() -> None:
     for options, words in refused:
         with pytest.raises(UserError, match=words):
             replace_linears(Net(), SLTrainConfig(**{"r": 2, **options}))
+
+
+def test_a_model_is_converted_whole_or_not_at_all() -> None:
+    model = nn.Sequential(nn.Linear(20, 20), nn.Linear(20, 4))
+    with pytest.raises(UserError, match="module 1: SLTrain: r=8"):
+        replace_linears(model, SLTrainConfig(r=8, target_modules="all-linear"))
+    assert type(model[0]) is nn.Linear

@@ -43,6 +43,8 @@ class SLTrain(Method):
         n_out, n_in = t.op.shape
         if t.r > min(t.op.shape):
             return min(t.op.shape)
+        if n_out * n_in >= 2**31:
+            raise UserError(f"its {n_out} x {n_in} entries are more than an adapter's support counts: leave it out.")
         seed = seed_of("sltrain", t.cfg.seed, t.layer.path)
         t.support.copy_(draw_support(seed, n_out, n_in, len(t.values)))
         nn.init.kaiming_uniform_(t.A, a=5**0.5)
@@ -163,10 +165,10 @@ def replace_linears(model: nn.Module, config: SLTrainConfig, *, train_scaling: b
         if len(owners[id(module.weight)]) > 1:
             others = ", ".join(other for other in owners[id(module.weight)] if other != path)
             raise UserError(f"SLTrain: the weight of {path} is shared with {others}: leave it out (exclude_modules).")
+    layers: dict[str, SLTrainLinear] = {}
     for path, old in chosen.items():
-        parent, _, name = path.rpartition(".")
         try:
-            new = SLTrainLinear(
+            layers[path] = SLTrainLinear(
                 old.in_features,
                 old.out_features,
                 config.r,
@@ -180,7 +182,9 @@ def replace_linears(model: nn.Module, config: SLTrainConfig, *, train_scaling: b
             )
         except UserError as error:
             raise UserError(f"module {path}: {error}") from None
-        setattr(model.get_submodule(parent), name, new)
+    for path, layer in layers.items():  # all of them or none
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, layer.train(model.training))
     return list(chosen)
 
 
