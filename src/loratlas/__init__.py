@@ -202,8 +202,7 @@ def __getattr__(name: str) -> Any:
 def register_adapters() -> None:
     """Make every adapter type of the library known to PEFT; `import loratlas` does it."""
     for home in sorted(set(_HOMES.values())):
-        # no adapters there, and transformers' Trainer takes its time
-        if not home.startswith(("loratlas.train.", "loratlas.optim.")):
+        if home.startswith("loratlas.adapters."):
             importlib.import_module(home)
 
 
