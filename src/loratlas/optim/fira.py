@@ -25,12 +25,16 @@ from loratlas.optim.projector import BASES
 from loratlas.optim.residual import RESIDUAL_MODES, SCALINGS
 from loratlas.optim.rules import Group
 from loratlas.optim.subspace import SubspaceOptimizer
+from loratlas.optim.subspace_adamw import SubspaceAdamW
 
 _DEFAULTS = {"residual_mode": "official", "gamma": 1.01, "scaling": "column"}
 
 
 class _Fira(SubspaceOptimizer):
-    """Checks that the official names of options are understood: "alpha" of a group is its scale."""
+    """Fira's defaults and checks; "alpha" of a group is the official name of its scale."""
+
+    def __init__(self, params: Any, defaults: dict[str, Any], layerwise: bool = False) -> None:
+        super().__init__(params, {**_DEFAULTS, **defaults}, layerwise)
 
     def add_param_group(self, param_group: Group) -> None:
         if "alpha" in param_group:
@@ -52,7 +56,7 @@ class _Fira(SubspaceOptimizer):
         super()._check(group)
 
 
-class FiraAdamW(_Fira):
+class FiraAdamW(SubspaceAdamW, _Fira):
     """Fira with AdamW; groups with a `rank` are projected, with the options of `SubspaceOptimizer`.
 
         FiraAdamW([{"params": matrices, "rank": 128, "alpha": 0.25}, {"params": others}], lr=0.01)
@@ -65,24 +69,6 @@ class FiraAdamW(_Fira):
         scaling: "column" (rows of a tall matrix), or "matrix" for one factor for all of it.
         **options: defaults of the groups' other options.
     """
-
-    rule = rules.AdamW()
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        *,
-        order: str = "hf",
-        layerwise: bool = False,
-        **options: Any,
-    ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        super().__init__(params, {**_DEFAULTS, **own, "order": order, **options}, layerwise)
 
 
 class FiraRMSProp(_Fira):
@@ -104,7 +90,7 @@ class FiraRMSProp(_Fira):
         **options: Any,
     ) -> None:
         own = {"lr": lr, "beta": beta, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**_DEFAULTS, **own, "momentum": momentum, "centered": centered, **options}, layerwise)
+        super().__init__(params, {**own, "momentum": momentum, "centered": centered, **options}, layerwise)
 
 
 OPTIMIZERS = ("adamw", "rmsprop")

@@ -18,13 +18,14 @@ from torch import nn
 
 from loratlas.engine.config import knob
 from loratlas.linalg.svd import METHODS
-from loratlas.optim import adafactor, eight_bit, rules
+from loratlas.optim import adafactor, eight_bit
 from loratlas.optim.config import SubspaceConfig
 from loratlas.optim.projector import BASES
 from loratlas.optim.subspace import MOMENTS, SubspaceOptimizer
+from loratlas.optim.subspace_adamw import SubspaceAdamW
 
 
-class GaLoreAdamW(SubspaceOptimizer):
+class GaLoreAdamW(SubspaceAdamW):
     """AdamW in gradient subspaces; groups with a `rank` are projected, with the options of `SubspaceOptimizer`.
 
         GaLoreAdamW([{"params": matrices, "rank": 128, "scale": 0.25}, {"params": others}], lr=0.01)
@@ -37,24 +38,6 @@ class GaLoreAdamW(SubspaceOptimizer):
         layerwise: update inside the backward pass: see `layerwise`.
         **options: defaults of the groups' other options.
     """
-
-    rule = rules.AdamW()
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        correct_bias: bool = True,
-        *,
-        order: str = "hf",
-        layerwise: bool = False,
-        **options: Any,
-    ) -> None:
-        own = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
-        super().__init__(params, {**own, "order": order, **options}, layerwise)
 
 
 class GaLoreAdamW8bit(GaLoreAdamW):
