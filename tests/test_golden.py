@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 
 OWN = Path(__file__).parent / "golden"
 REPLAYS = Path(__file__).parent / "replay"
+sys.path.insert(0, str(REPLAYS))  # what replays share lies beside them
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

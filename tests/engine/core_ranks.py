@@ -11,12 +11,10 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from toys import TARGETS, Toy, adamw, inputs, views
+from spread import held, spread
+from toys import TARGETS, Toy, adamw, inputs
 
 from loratlas import LamdaConfig, attach
-from loratlas.engine.sharded import whole
 
 STEPS = 8
 
@@ -24,25 +22,14 @@ STEPS = 8
 def train(how: str, x: torch.Tensor) -> dict[str, torch.Tensor]:
     """Factors after a run in which B freezes at half time, and how many tensors still have optimizer state."""
     model = get_peft_model(Toy(dtype=torch.float64), LamdaConfig(r=4, freeze_fraction=0.5, target_modules=TARGETS))
-    caller: torch.nn.Module = model
-    if how == "fsdp2":
-        for name in TARGETS:
-            fully_shard(model.get_submodule(f"base_model.model.{name}"))
-        fully_shard(model)
-    elif how == "ddp":
-        caller = DistributedDataParallel(model)
+    caller = spread(model, how)
     optimizer = adamw(model, weight_decay=0.1)
     attach(model, optimizer, total_steps=STEPS)
     for _ in range(STEPS):
         (caller(x) - 1).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    found = {
-        f"{number}.{name}": whole(getattr(t, name).detach()).clone()
-        for number, t in enumerate(views(model))
-        for name in ("A", "N", "B", "frozen")
-    }
-    return {**found, "states": torch.tensor(len(optimizer.state))}
+    return {**held(model, "A", "N", "B", "frozen"), "states": torch.tensor(len(optimizer.state))}
 
 
 def main(folder: Path) -> None:

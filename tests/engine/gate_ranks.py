@@ -12,14 +12,12 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from safetensors.torch import save_file
-from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from toys import TARGETS, Toy, adamw, inputs, views
+from spread import held, spread
+from toys import TARGETS, Toy, adamw, inputs
 
 from loratlas import CoDyRAConfig, DiffoRAConfig, SoRAConfig, attach
 from loratlas.adapters.codyra import next_task
 from loratlas.engine.config import AtlasConfig
-from loratlas.engine.sharded import whole
 
 STEPS = 12
 SHARED: dict[str, Any] = {"r": 5, "target_modules": list(TARGETS)}
@@ -48,13 +46,7 @@ def train(config: AtlasConfig, how: str, parts: list[torch.Tensor]) -> dict[str,
     model = get_peft_model(Square(), config)
     if how != "one":
         torch.manual_seed(dist.get_rank())  # what a method draws later may not come from here
-    caller: torch.nn.Module = model
-    if how == "fsdp2":
-        for name in TARGETS:
-            fully_shard(model.get_submodule(f"base_model.model.{name}"))
-        fully_shard(model)
-    elif how == "ddp":
-        caller = DistributedDataParallel(model)
+    caller = spread(model, how)
     x = torch.cat(parts) if how == "one" else parts[dist.get_rank()]
     optimizer = adamw(model, weight_decay=0.1)
     for task in range(2 if isinstance(config, CoDyRAConfig) else 1):
@@ -65,11 +57,7 @@ def train(config: AtlasConfig, how: str, parts: list[torch.Tensor]) -> dict[str,
             (caller(x + task) - 1).square().mean().backward()
             optimizer.step()
             optimizer.zero_grad()
-    return {
-        f"{number}.{name}": whole(getattr(t, name).detach()).clone()
-        for number, t in enumerate(views(model))
-        for name in (*t.layer.method.params, *t.layer.buffer_names())
-    }
+    return held(model)
 
 
 def main(folder: Path) -> None:

@@ -11,13 +11,12 @@ import torch
 import torch.distributed as dist
 from peft import get_peft_model
 from safetensors.torch import save_file
+from spread import held, spread
 from torch.distributed.fsdp import fully_shard
-from torch.nn.parallel import DistributedDataParallel
-from toys import TARGETS, Toy, adamw, inputs, views
+from toys import TARGETS, Toy, adamw, inputs
 
 from loratlas import IncreLoraConfig, TriAdaptLoraConfig, UserError, attach
 from loratlas.engine.growing import GrowingConfig
-from loratlas.engine.sharded import whole
 
 METHODS = {"increlora": IncreLoraConfig, "triadaptlora": TriAdaptLoraConfig}
 STEPS = 10
@@ -32,13 +31,7 @@ def config(name: str, how: str) -> GrowingConfig:
 
 def train(name: str, how: str, xs: list[torch.Tensor]) -> dict[str, torch.Tensor]:
     model = get_peft_model(Toy(dtype=torch.float64), config(name, how))
-    caller: torch.nn.Module = model
-    if how == "fsdp2":
-        for target in TARGETS:
-            fully_shard(model.get_submodule(f"base_model.model.{target}"))
-        fully_shard(model)
-    elif how == "ddp":
-        caller = DistributedDataParallel(model)
+    caller = spread(model, how)
     optimizer = adamw(model, weight_decay=0.1)
     lifecycle = attach(model, optimizer, total_steps=STEPS)
     for _ in range(STEPS):
@@ -46,11 +39,7 @@ def train(name: str, how: str, xs: list[torch.Tensor]) -> dict[str, torch.Tensor
             ((caller(x) - 1).square().mean() / len(xs) + lifecycle.terms() / len(xs)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {
-        f"{number}.{key}": whole(getattr(t, key).detach()).clone()
-        for number, t in enumerate(views(model))
-        for key in (*t.layer.method.params, *t.layer.buffer_names())
-    }
+    return held(model)
 
 
 def refusal() -> str:

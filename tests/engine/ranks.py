@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from safetensors.torch import save_file
+from spread import held
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -59,10 +60,8 @@ class Rank:
 
     def write(self, name: str, model: nn.Module, optimizer: torch.optim.Optimizer | None = None, **found: Any) -> None:
         """Everything that was decided or learned."""
+        found |= held(model)
         for number, t in enumerate(views(model)):
-            for key in (*t.layer.method.params, *t.layer.buffer_names()):
-                if getattr(t, key) is not None:
-                    found[f"{number}.{key}"] = whole(getattr(t, key).detach())
             for key in t.layer.method.params if optimizer is not None else ():
                 for moment, value in optimizer.state[getattr(t, key)].items():
                     found[f"{number}.{key}.{moment}"] = whole(value)

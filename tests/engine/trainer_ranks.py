@@ -16,11 +16,12 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from peft import get_peft_model
 from safetensors.torch import save_file
+from spread import held
 from toys import Toy, config, views
 from transformers import Trainer, TrainingArguments
 
 from loratlas import LifecycleCallback
-from loratlas.engine.sharded import is_sharded, whole
+from loratlas.engine.sharded import is_sharded
 
 STEPS, STOP = 8, 5
 
@@ -69,14 +70,9 @@ def train(folder: Path, name: str, checkpoint: Path | None = None) -> None:
     if name != "ddp":
         use_fsdp2(trainer)
     trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
-    found = {}
-    for number, t in enumerate(views(trainer.model)):
+    for t in views(trainer.model):
         assert is_sharded(t.A) == (name != "ddp")
-        for key in (*t.layer.method.params, *t.layer.buffer_names()):
-            if getattr(t, key) is None:
-                continue
-            found[f"{number}.{key}"] = whole(getattr(t, key).detach()).clone().contiguous()
-    save_file(found, folder / f"{name}-{dist.get_rank()}.safetensors")
+    save_file(held(trainer.model), folder / f"{name}-{dist.get_rank()}.safetensors")
     trainer.save_model(str(folder / name / "final"))
 
 

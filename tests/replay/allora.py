@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from bases import linear
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import ALLoraConfig
 from loratlas.adapters.allora import coefficients
@@ -21,8 +22,7 @@ def replay(path: Path) -> None:
     with safe_open(path, "pt") as file:
         said = file.metadata()
     weight, eta = golden["W"], float(said["eta"])
-    base = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
-    base[0].weight.data.copy_(weight)
+    base = linear(weight)
     model = get_peft_model(base, ALLoraConfig(r=int(said["r"]), eta=eta, target_modules=["0"]))
     view = next(layer for _, layer in atlas_layers(model)).view("default")
     view.A.data.copy_(golden["A0"])

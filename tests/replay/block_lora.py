@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from bases import linear
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import BlockLoraConfig
 from loratlas.engine.model import atlas_layers
@@ -19,10 +20,7 @@ def replay(path: Path) -> None:
     with safe_open(path, "pt") as file:
         about = file.metadata()
     for efficient in (False, True):
-        n_out, n_in = golden["W"].shape
-        base = nn.Sequential(nn.Linear(n_in, n_out, dtype=golden["W"].dtype))
-        base[0].weight.data.copy_(golden["W"])
-        base[0].bias.data.copy_(golden["bias"])
+        base = linear(golden["W"], golden["bias"])
         r, n = int(about["r"]), int(about["n"])
         config = BlockLoraConfig(r=r, n_blocks=n, efficient=efficient, target_modules=["0"])
         model = get_peft_model(base, config)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from subspace import close, parameters, play, scalar
+from torch import Tensor
 
 from loratlas.linalg import dct
 from loratlas.optim.dct_adamw import DCTAdamW

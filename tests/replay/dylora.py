@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from bases import linear
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import DyLoraConfig, attach, set_rank
 from loratlas.engine.model import atlas_layers
@@ -20,8 +21,7 @@ def replay(path: Path) -> None:
     with safe_open(path, "pt") as file:
         said = file.metadata()
     weight, r = golden["W"], int(said["r"])
-    base = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype))
-    base[0].weight.data.copy_(weight)
+    base = linear(weight)
     options = {"lora_alpha": float(said["alpha"]), "frozen": said["frozen"].lower() == "true"}
     model = get_peft_model(base, DyLoraConfig(r=r, target_modules=["0"], **options)).train()
     view = next(layer for _, layer in atlas_layers(model)).view("default")

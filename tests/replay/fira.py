@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from subspace import close, parameters, play, scalar, with_bases
 
 from loratlas.optim.fira import FiraAdamW, FiraRMSProp

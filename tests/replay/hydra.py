@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from bases import linear
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import HydraConfig
 from loratlas.engine.method import View
@@ -19,11 +20,7 @@ def replay(path: Path) -> None:
     golden = load_file(path)
     with safe_open(path, "pt") as file:
         about = file.metadata()
-    n_out, n_in = golden["W"].shape
-    base = nn.Sequential(nn.Linear(n_in, n_out, bias="bias" in golden))
-    base[0].weight.data.copy_(golden["W"])
-    if "bias" in golden:
-        base[0].bias.data.copy_(golden["bias"])
+    base = linear(golden["W"], golden.get("bias"))
     biased = "init_par_a" in golden
     config = HydraConfig(
         r_parallel=golden["par_A"].shape[0],

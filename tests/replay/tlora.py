@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from bases import linear
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import TLoraConfig
 from loratlas.engine.model import atlas_layers
@@ -23,8 +24,7 @@ def replay(path: Path) -> None:
     weight = golden["W"]
     n_out, n_in = weight.shape
     ins, outs = ([int(part) for part in said[name].split(",")] for name in "IO")
-    base = nn.Sequential(nn.Linear(n_in, n_out, bias=False, dtype=weight.dtype))
-    base[0].weight.data.copy_(weight)
+    base = linear(weight)
     model = get_peft_model(
         base,
         TLoraConfig(

@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from bases import Apart
 from peft import get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from loratlas import TriAdaptLoraConfig, attach
 from loratlas.adapters.triadaptlora import core
@@ -17,22 +18,6 @@ from loratlas.engine.method import View
 from loratlas.engine.model import atlas_layers
 
 Golden = dict[str, Tensor]
-
-
-class Apart(nn.Module):
-    """Layers beside one another, each with its own input."""
-
-    def __init__(self, golden: Golden, count: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList()
-        for k in range(count):
-            weight = golden[f"l{k}.W"]
-            layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
-            layer.weight.data.copy_(weight)
-            self.layers.append(layer)
-
-    def forward(self, xs: list[Tensor]) -> list[Tensor]:
-        return [layer(x) for layer, x in zip(self.layers, xs, strict=True)]
 
 
 def replay(path: Path) -> None:
