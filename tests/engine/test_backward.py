@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from toys import Toy, inputs
 
+from loratlas.engine.factors import Factors, low_rank_branch
 from loratlas.engine.fused import fused_linear
-from loratlas.engine.method import Factors, low_rank_branch
 from loratlas.engine.ops import kind_of, op_for
 
 SCALE = torch.linspace(0.2, 3.0, 16, dtype=torch.float64)

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loratlas import AtlasLoraConfig
 from loratlas.engine import bitmask, fused
+from loratlas.engine.factors import Factors
 from loratlas.engine.fused import can_fuse, fused_linear
-from loratlas.engine.method import Factors
 from loratlas.errors import UserError
 
 N_IN, N_OUT, RANK, FROZEN = 9, 7, 3, 2

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from loratlas.engine.binding import BoundConfig
 from loratlas.engine.config import AtlasConfig, knob
-from loratlas.engine.method import Factors, LowRankMethod, Method, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import LowRankMethod, Method, View
 from loratlas.engine.registry import adapter
 from loratlas.errors import UserError
 from loratlas.linalg import blocks

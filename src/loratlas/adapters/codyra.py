@@ -21,9 +21,10 @@ from torch.optim import Optimizer
 
 from loratlas.engine import pairs, rank_log
 from loratlas.engine.config import knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.gates import GatedConfig, GatedMethod, live_pairs, live_ranks
 from loratlas.engine.lifecycle import StepContext, attach, is_attached
-from loratlas.engine.method import Factors, View
+from loratlas.engine.method import View
 from loratlas.engine.model import atlas_layers
 from loratlas.engine.phases import start_again
 from loratlas.engine.registry import adapter

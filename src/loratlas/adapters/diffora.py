@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from loratlas.engine import rank_log
 from loratlas.engine.budget import largest
 from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.lifecycle import StepContext, gradient
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.phases import start_again
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import gather, local, whole, write_

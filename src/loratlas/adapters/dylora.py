@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.model import atlas_layers
 from loratlas.engine.moments import slot_rates
 from loratlas.engine.registry import adapter

@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from loratlas.engine import slots
 from loratlas.engine.config import knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.growing import STD, GrowingConfig, GrowingMethod, Plan
 from loratlas.engine.importance import smooth_, update_sensitivity
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.method import Factors, View
+from loratlas.engine.method import View
 from loratlas.engine.moments import restarted_rates, run_rate, slot_rates
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import averaged, put_

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from loratlas.adapters.fila import FILA, fila_start
 from loratlas.engine import pairs
 from loratlas.engine.config import SvdConfig, knob
-from loratlas.engine.method import RELATIVE_FISHER, Factors, LowRankMethod, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import RELATIVE_FISHER, LowRankMethod, View
 from loratlas.engine.registry import adapter
 from loratlas.linalg.factorise import usable_svd
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig, knob
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.registry import adapter
 from loratlas.linalg.svd import top_svd
 

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 from loratlas.engine import pairs, reservoir
 from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.events import Plan
+from loratlas.engine.factors import Factors
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.moments import age_correction, check_treatment, slot_rates, treat_moments
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import whole
@@ -49,32 +50,20 @@ GRADIENT: dict[str, Any] = {
     "fresh_warmup": 3,
 }
 SCORES = ("IA", "QA", "IB", "QB")
+INTEGERS = ("slot_dir", "born", "cursor", "events", "log")
 _INPLACE = ("fuse_mode='inplace'", "fuse_mode='difference'")  # the option and what works without it, for messages
 
 
 class SRLora(LowRankMethod):
-    """Tensors, beside those of `engine.pairs`: IA, QA (r, in) and IB, QB (out, r) the scores' moving averages; RA (k,
-    in), RB (out, k) the k directions not used yet, scaled as pairs; slot_dir (r,) which direction a slot carries; born
-    (r,) the step
-    it was seeded at; cursor, events: directions used and events done; log (M, 4): step, slot, old and new direction
-    (a running number for other reservoirs than W's principal directions); sketch (k, in), see `engine.sketch`."""
+    """Tensors, beside those of `engine.pairs` and `engine.reservoir`: IA, QA (r, in) and IB, QB (out, r) the scores'
+    moving averages; slot_dir (r,) which direction a slot carries; born (r,) the step it was seeded at; cursor, events:
+    directions used and events done; log (M, 4): step, slot, old and new direction (a running number where directions
+    are not those of W)."""
 
     name = "srlora"
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
-    buffers = (
-        *pairs.STARTS,
-        *pairs.HISTORY,
-        *SCORES,
-        "RA",
-        "RB",
-        "slot_dir",
-        "born",
-        "cursor",
-        "events",
-        "log",
-        "sketch",
-    )
+    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *INTEGERS)
     growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
     derived = ("folded",)
 
@@ -95,7 +84,7 @@ class SRLora(LowRankMethod):
         }
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return dict.fromkeys(("slot_dir", "born", "cursor", "events", "log"), torch.int64)
+        return dict.fromkeys(INTEGERS, torch.int64)
 
     @staticmethod
     def r_target(cfg: SRLoraConfig, r: int, shape: tuple[int, int]) -> int:
@@ -115,7 +104,6 @@ class SRLora(LowRankMethod):
             if len(s) < t.r:
                 return len(s)
             down, up = pairs.principal_factors(u, s, vh, t.scaling)
-            pairs.start(t, down[: t.r], up[:, : t.r])
             reservoir.keep(t, down[t.r :], up[:, t.r :])
         elif t.r > min(t.op.shape):
             return min(t.op.shape)
@@ -133,7 +121,9 @@ class SRLora(LowRankMethod):
             zero.zero_()
             nn.init.kaiming_uniform_(drawn, a=5**0.5)
             pairs.start(t, t.A, t.B)
-        elif not t.cfg.init_weights:
+            return None
+        pairs.start(t, down[: t.r], up[:, : t.r])
+        if not t.cfg.init_weights:
             t.B.add_(torch.randn_like(t.B) * t.B.abs().mean())
         return None
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from loratlas.engine import slots
 from loratlas.engine.config import knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.growing import STD, GrowingConfig, GrowingMethod, Plan
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.method import Factors, View
+from loratlas.engine.method import View
 from loratlas.engine.registry import adapter
 from loratlas.engine.sharded import put_, whole
 

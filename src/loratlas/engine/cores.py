@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.sharded import refuse_cast
 
 TENSORS: tuple[str, ...] = ("A", "N", "B")

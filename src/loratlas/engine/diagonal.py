@@ -21,7 +21,8 @@ from torch import Tensor
 
 from loratlas.engine.binding import fingerprint
 from loratlas.engine.config import AtlasConfig, knob
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.errors import UserError
 
 # of the largest projection: above the rounding of a factorisation, far below another choice of directions

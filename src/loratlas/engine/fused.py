@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loratlas.engine import bitmask
-from loratlas.engine.method import Factors
+from loratlas.engine.factors import Factors
 from loratlas.errors import UserError
 
 log = logging.getLogger(__name__)

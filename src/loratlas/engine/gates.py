@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from loratlas.engine import rank_log
 from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.sharded import gather, local
 
 THRESHOLDS = ("prox", "official")

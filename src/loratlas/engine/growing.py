@@ -22,8 +22,9 @@ from torch import Tensor
 from loratlas.engine import slots
 from loratlas.engine.budget import ALLOCATIONS, growth
 from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.factors import Factors
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.method import Factors, LowRankMethod, View
+from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.moments import age_correction
 from loratlas.engine.orthogonality import orthogonality
 from loratlas.errors import UserError

@@ -18,10 +18,12 @@ work by themselves. Weights are seen as one canonical (out, in) matrix whatever 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from loratlas.engine.factors import Factors, low_rank_branch
 
 if TYPE_CHECKING:
     from loratlas.engine.layer import AtlasLayer
@@ -80,65 +82,6 @@ class View:
         if name not in self.layer.method.growing:
             raise AttributeError(f"{name} of {self.layer.method.name} is not declared in `growing`")
         self.layer.store(name)[self.adapter] = value
-
-
-class Factors(NamedTuple):
-    """A weight update in low-rank form, scaling folded in; F is the frozen part.
-
-        delta = up @ down + F_up @ F_down                             without a start
-        delta = up @ down - start_up @ start_down + F_up @ F_down     with one, evaluated as
-              = [up - start_up, start_up] @ [down; down - start_down] + F_up @ F_down
-
-    down: (k, in) and up: (out, k) carry gradients to the method's parameters; frozen_down: (f, in), frozen_up:
-    (out, f), start_down: (k, in) and start_up: (out, k) do not. All in the adapter's dtype, in which the differences
-    are taken: in bf16 the difference of two close factors would be noise.
-
-    Two things concern the backward pass alone, where g (tokens, out) is the gradient of the layer's output and x
-    (tokens, in) the input of the branch, after dropout:
-
-        row_scale: (out,), no gradient; down and up get their gradients from g * row_scale, x gets its own from g.
-        observe: called with (g, x), for what a method wants to know of dL/dW = g^T x without having it as a whole. It
-            runs once a backward pass and must not change either.
-    """
-
-    down: Tensor
-    up: Tensor
-    frozen_down: Tensor | None = None
-    frozen_up: Tensor | None = None
-    start_down: Tensor | None = None
-    start_up: Tensor | None = None
-    row_scale: Tensor | None = None
-    observe: Callable[[Tensor, Tensor], None] | None = None
-
-    def blocks(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(downs, ups): the update is the sum of up @ down over both lists."""
-        downs, ups = [self.down], [self.up]
-        if self.start_down is not None and self.start_up is not None:
-            downs, ups = [self.down, self.down - self.start_down], [self.up - self.start_up, self.start_up]
-        if self.frozen_down is not None and self.frozen_up is not None:
-            downs.append(self.frozen_down)
-            ups.append(self.frozen_up)
-        return downs, ups
-
-    def joined(self) -> tuple[Tensor, Tensor]:
-        """(down, up) of the whole update, all blocks beside each other."""
-        downs, ups = self.blocks()
-        return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
-
-
-def low_rank_branch(op: Op, x: Tensor, factors: Factors) -> Tensor:
-    """The branch by the plain formula, for layers that `fused` does not serve; the same gradients."""
-    down, up = factors.joined()
-    if factors.row_scale is None:
-        y = op.low_rank(x, down, up)
-    else:
-        # the value is that of the first term, the second is zero: x meets unscaled gradients, the factors scaled ones
-        train = op.low_rank(x.detach(), down, up)
-        y = op.low_rank(x, down.detach(), up.detach()) + (op.scale_gradient(train, factors.row_scale) - train.detach())
-    if factors.observe is not None and y.requires_grad:
-        rows, watch = op.rows(x.detach()), factors.observe
-        y.register_hook(lambda g: watch(op.output_rows(g), rows))
-    return y
 
 
 class Method:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loratlas.engine.method import Factors, View
+from loratlas.engine.factors import Factors
+from loratlas.engine.method import View
 from loratlas.engine.sharded import from_rank0, is_sharded, put_, refuse_cast, whole
 from loratlas.errors import UserError
 from loratlas.linalg.lowrank import compress
