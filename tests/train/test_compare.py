@@ -22,7 +22,7 @@ from loratlas.train.models import load_model
 from loratlas.train.progress import Progress
 from loratlas.train.results import Comparison, RunResult
 from loratlas.train.run import RunSpec
-from loratlas.train.search import choose, hold_out
+from loratlas.train.search import beyond, choose, hold_out
 from loratlas.train.work import Work
 
 PLAIN: dict[str, Any] = {"noise_floor": False}
@@ -117,7 +117,8 @@ def test_the_search_sees_training_rows_only_and_its_rates_are_used(
     held = hold_out(reviews)
     assert (len(held.train), len(held.test)) == (97, 11)
     untuned = spec(bert, tmp_path, learning_rate=None)
-    result = compare(["lora", "srlora"], untuned, reviews, seeds=[0], grid=[2e-2, 1e-5], search_steps=30)
+    rules: dict[str, Any] = {"seeds": [0], "grid": [2e-2, 1e-5], "widen": 0, "search_steps": 30}
+    result = compare(["lora", "srlora"], untuned, reviews, **rules)
     assert [(r.method, r.learning_rate, r.steps, r.seed) for r in result.search_runs] == [
         (method, rate, 30, 2000) for method in ("lora", "srlora") for rate in (1e-5, 2e-2)
     ]
@@ -127,7 +128,31 @@ def test_the_search_sees_training_rows_only_and_its_rates_are_used(
     assert [run.learning_rate for run in result.runs] == [2e-2, 2e-2]
     assert not list((tmp_path / "search").rglob("*.safetensors"))
     assert "best learning rate of 1e-05, 0.02 on held-out training rows in 30 steps" in result.notes[0]
-    assert "LoRA: its best learning rate, 0.02, is the largest of the grid; widen it." in result.notes
+    assert "LoRA: its best learning rate, 0.02, is the largest that was tried." in result.notes
+
+
+def test_the_search_goes_on_while_the_best_is_the_outermost(bert: str, reviews: TaskData, tmp_path: Path) -> None:
+    untuned = spec(bert, tmp_path, learning_rate=None)
+    rules: dict[str, Any] = {"seeds": [0], "grid": [1e-8, 1e-5, 1e-2], "widen": 2, "search_steps": 30}
+    result = compare(["lora"], untuned, reviews, **rules)
+    tried = [run.learning_rate for run in result.search_runs]
+    # of rates that train nothing none is best: the search can only have gone up
+    assert tried[:4] == [1e-8, 1e-5, 1e-2, 10.0]
+    assert "(and up to 2 beyond, where the best was the outermost)" in result.notes[0]
+    again = compare(["lora"], untuned, reviews, **rules, resume=True)
+    assert [run.to_dict() for run in again.search_runs] == [run.to_dict() for run in result.search_runs]
+    with pytest.raises(UserError, match="widen must be at least 0, but it is -1"):
+        compare(["lora"], spec(bert, tmp_path / "x", learning_rate=None), reviews, widen=-1)
+
+
+def test_the_rate_beyond() -> None:
+    assert beyond([2.0, 1.0], [searched(1, 0.1), searched(2, 0.9)]) == 4.0
+    assert beyond([1.0, 2.0], [searched(1, 0.9), searched(2, 0.1)]) == 0.5
+    assert beyond([1.0, 2.0, 4.0], [searched(1, 0.1), searched(2, 0.9), searched(4, 0.95, diverged=3)]) is None
+    assert beyond([1.0, 2.0, 4.0], [searched(1, 0.1), searched(2, 0.9)]) is None  # 4 failed
+    assert beyond([1.0, 2.0], [searched(1, 0.9), searched(2, 0.9)]) is None
+    assert beyond([1.0], [searched(1, 0.9)]) is None
+    assert beyond([1.0, 2.0], []) is None
 
 
 def searched(rate: float, final: float, diverged: int | None = None, greater: bool = True) -> RunResult:
@@ -165,7 +190,7 @@ def test_the_choice_of_a_rate() -> None:
     assert choose("x", grid, [searched(1, 0.5), searched(2, 0.5), searched(3, 0.5)]).note is None
     lost = choose("x", grid, [searched(1, float("nan"))])
     assert lost.rate == 1.0
-    assert "no learning rate of the grid came to an end" in lost.note
+    assert "no learning rate of the search came to an end" in lost.note
 
 
 def test_minutes_become_steps_of_each_method(bert: str, reviews: TaskData, tmp_path: Path) -> None:

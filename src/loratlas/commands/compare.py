@@ -53,6 +53,7 @@ def compare(
     eval_every: options.EvalEvery = None,
     calibrate_steps: options.CalibrateSteps = 8,
     bf16: options.Bf16 = False,
+    group_by_length: options.GroupByLength = False,
     minutes: Annotated[
         float | None,
         typer.Option(
@@ -76,6 +77,14 @@ def compare(
     no_tune: Annotated[
         bool, typer.Option("--no-tune", help="No search: the catalogue's learning rates.", rich_help_panel=_RULES)
     ] = False,
+    widen: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Learning rates to try beyond the grid with a method, while its best is the outermost.",
+            rich_help_panel=_RULES,
+        ),
+    ] = 2,
     search_steps: Annotated[
         int | None,
         typer.Option(min=1, help="Steps of a run of the search. Else those of the final runs.", rich_help_panel=_RULES),
@@ -162,6 +171,7 @@ def compare(
         eval_every=eval_every,
         calibrate_steps=calibrate_steps,
         bf16=bf16,
+        group_by_length=group_by_length,
         save_every=save_every,
         options=shared,
     )
@@ -172,6 +182,7 @@ def compare(
             work,
             seeds=range(seeds or (1 if demo else 3)),
             grid=grid,
+            widen=widen,
             search_steps=search_steps,
             minutes=minutes,
             noise_floor=noise_floor,

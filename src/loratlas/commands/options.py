@@ -119,6 +119,14 @@ CalibrateSteps = Annotated[
     ),
 ]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Mixed precision with bfloat16.", rich_help_panel=_TRAINING)]
+GroupByLength = Annotated[
+    bool,
+    typer.Option(
+        "--group-by-length",
+        help="Texts of like lengths share a batch: less padding, faster, other batches.",
+        rich_help_panel=_TRAINING,
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, metavar="N", help="Seed of everything random.", rich_help_panel=_TRAINING)]
 SaveEvery = Annotated[
     int | None,

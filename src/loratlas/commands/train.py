@@ -65,6 +65,7 @@ def train(
     eval_every: options.EvalEvery = None,
     calibrate_steps: options.CalibrateSteps = 8,
     bf16: options.Bf16 = False,
+    group_by_length: options.GroupByLength = False,
     seed: options.Seed = 0,
     save_every: options.SaveEvery = None,
     report_to: options.ReportTo = None,

@@ -18,7 +18,7 @@ from loratlas.train.plan import Plan
 from loratlas.train.progress import Progress
 from loratlas.train.results import SHIFT, Comparison
 from loratlas.train.roles import cast, complete
-from loratlas.train.search import GRID, check_grid
+from loratlas.train.search import GRID, WIDEN, check_grid
 from loratlas.train.spec import RunSpec
 from loratlas.train.stages import Stages
 from loratlas.train.work import Work
@@ -34,6 +34,7 @@ def compare(
     *,
     seeds: Sequence[int] = (0, 1, 2),
     grid: Sequence[float] | None = None,
+    widen: int = WIDEN,
     search_steps: int | None = None,
     minutes: float | None = None,
     noise_floor: bool | None = None,
@@ -58,6 +59,7 @@ def compare(
         work: data, loaded, or by name; several processes need the name.
         grid: learning rates to try with each method, on a slice of the training rows and a seed of its own. None takes
             `search.GRID`, or no search if `spec` gives a rate; empty: no search, the rates of the catalogue.
+        widen: rates to try beyond the grid with a method, one after the other, while its best is the outermost.
         search_steps: steps of a run of the search; None: those of the final runs.
         minutes: training time of a run, instead of `spec.steps`; a short run of each method turns it into steps.
         noise_floor: run the baseline again under seeds + 1000 (on a CPU the same seed gives the same bits, so that it
@@ -80,7 +82,7 @@ def compare(
     by_name = isinstance(work, Work)
     runs, problems = find_methods(methods, spec, own)
     standard = _tried(problems, lambda: _name(baseline, spec)) if baseline is not None else None
-    problems += _wrong_settings(list(runs), seeds, standard, minutes, processes, cluster, by_name)
+    problems += _wrong_settings(list(runs), seeds, standard, minutes, widen, processes, cluster, by_name)
     rates = _tried(problems, lambda: check_grid(_grid(spec, grid))) or ()
     task = _tried(problems, work.load) if isinstance(work, Work) else work
     if task is not None:
@@ -97,6 +99,7 @@ def compare(
         work=work if isinstance(work, Work) else work.description,
         seeds=tuple(seeds),
         grid=rates,
+        widen=widen,
         options=own,
         search_steps=search_steps,
         minutes=minutes,
@@ -153,6 +156,7 @@ def _wrong_settings(
     seeds: Sequence[int],
     baseline: str | None,
     minutes: float | None,
+    widen: int,
     processes: int,
     cluster: str | None,
     by_name: bool,
@@ -168,6 +172,8 @@ def _wrong_settings(
         problems.append(f"the baseline {baseline!r} is not among the compared methods: {', '.join(methods)}.")
     if minutes is not None and minutes <= 0:
         problems.append(f"minutes must be positive, but it is {minutes:g}.")
+    if widen < 0:
+        problems.append(f"widen must be at least 0, but it is {widen}.")
     if processes < 1:
         problems.append(f"processes must be at least 1, but it is {processes}.")
     if processes > 1 and cluster is not None:

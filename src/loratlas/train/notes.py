@@ -34,7 +34,8 @@ def _rates(plan: Plan) -> str:
     if plan.grid:
         grid = ", ".join(f"{rate:g}" for rate in plan.grid)
         length = "" if plan.search_steps is None else f" in {plan.search_steps} steps"
-        return f"each method at the best learning rate of {grid} on held-out training rows{length}"
+        further = f" (and up to {plan.widen} beyond, where the best was the outermost)" if plan.widen else ""
+        return f"each method at the best learning rate of {grid}{further} on held-out training rows{length}"
     if plan.spec.learning_rate is not None:
         return f"all methods at learning rate {plan.spec.learning_rate:g}; nothing was tuned on these data"
     return "each method at its catalogued learning rate; nothing was tuned on these data"

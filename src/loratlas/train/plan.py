@@ -27,6 +27,7 @@ class Plan:
     work: Work | str
     seeds: tuple[int, ...]
     grid: tuple[float, ...]
+    widen: int
     options: dict[str, dict[str, Any]]
     search_steps: int | None
     minutes: float | None

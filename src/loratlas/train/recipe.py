@@ -88,6 +88,7 @@ class Recipe:
     weight_decay: float = _item(0.0, "The optimizer's; it pulls what trains towards zero.", least=0.0)
     max_grad_norm: float = _item(1.0, "Longer gradients are cut to this norm.", above=0.0)
     bf16: bool = _item(False, "Mixed precision with bfloat16.")
+    group_by_length: bool = _item(False, "Texts of like lengths share a batch: less padding, other batches.")
     eval_every: int | None = _item(None, "Steps between evaluations; null: a fifth of the steps.", least=1)
     save_every: int | None = _item(None, "Steps between checkpoints to resume from; null: none.", least=1)
     calibrate_steps: int = _item(

@@ -11,6 +11,7 @@ from loratlas.train.data import TaskData
 from loratlas.train.results import RunResult
 
 GRID = (1e-3, 2e-3, 4e-3, 8e-3)
+WIDEN = 2
 _SHARE, _MOST = 0.1, 1000  # of the training rows
 _SEED = 2000  # away from the seeds of the final runs and of their re-runs
 
@@ -50,18 +51,41 @@ def hold_out(task: TaskData, seed: int = 0) -> TaskData:
     return replace(task, train=halves["train"], test=halves["test"], description=description)
 
 
-def choose(label: str, grid: Sequence[float], runs: Sequence[RunResult]) -> Choice:
+def choose(label: str, tried: Sequence[float], runs: Sequence[RunResult]) -> Choice:
     """The rate with the best final metric; the smaller one of equals. Diverged and missing runs lose.
 
     Args:
-        grid: all rates, rising. runs: those that came to an end.
+        runs: those of the rates `tried` that came to an end.
     """
+    tried, best = sorted(tried), _best(runs)
+    if not best:
+        return Choice(tried[0], f"{label}: no learning rate of the search came to an end; the smallest is taken.")
+    if _outermost(tried, best):
+        edge = "smallest" if best[0] == tried[0] else "largest"
+        return Choice(best[0], f"{label}: its best learning rate, {best[0]:g}, is the {edge} that was tried.")
+    return Choice(best[0])
+
+
+def beyond(tried: Sequence[float], runs: Sequence[RunResult]) -> float | None:
+    """The rate to try next where the best of `tried` is the outermost: as many times it as it is its neighbour.
+
+    None if the best lies between others, if several are equal, or if only one was tried. Arguments as of `choose`.
+    """
+    tried, best = sorted(tried), _best(runs)
+    if not _outermost(tried, best):
+        return None
+    neighbour = tried[1] if best[0] == tried[0] else tried[-2]
+    return float(f"{best[0] * best[0] / neighbour:.3g}")
+
+
+def _outermost(tried: Sequence[float], best: Sequence[float]) -> bool:
+    return len(tried) > 1 and len(best) == 1 and best[0] in (tried[0], tried[-1])
+
+
+def _best(runs: Sequence[RunResult]) -> list[float]:
+    """The rates of the best runs, rising."""
     found = [run for run in runs if run.diverged_at is None and math.isfinite(run.final)]
     if not found:
-        return Choice(grid[0], f"{label}: no learning rate of the grid came to an end; the smallest is taken.")
+        return []
     top = (max if found[0].greater_is_better else min)(run.final for run in found)
-    best = sorted(run.learning_rate for run in found if run.final == top)
-    if len(grid) > 1 and len(best) == 1 and best[0] in (grid[0], grid[-1]):
-        edge = "smallest" if best[0] == grid[0] else "largest"
-        return Choice(best[0], f"{label}: its best learning rate, {best[0]:g}, is the {edge} of the grid; widen it.")
-    return Choice(best[0])
+    return sorted(run.learning_rate for run in found if run.final == top)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from loratlas.engine.calibrate import calibrate, needs
 from loratlas.engine.lifecycle import LifecycleCallback
 from loratlas.engine.parts import Objective
 from loratlas.errors import UserError
+from loratlas.train.batches import LengthTrainer
 from loratlas.train.data import TaskData
 from loratlas.train.memory import PeakMemory
 from loratlas.train.methods import build_config, option_values
@@ -127,7 +128,7 @@ def calibrate_for_run(
     """
     if not needs(config):
         return
-    trainer = Trainer(
+    trainer = LengthTrainer(
         model=model,
         args=arguments,
         train_dataset=task.train,

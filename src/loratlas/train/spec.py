@@ -28,6 +28,7 @@ class RunSpec:
         options: fields of the method's configuration; the others' have a mapping each.
         eval_every: steps between evaluations on the test rows; None makes five of them.
         warmup: share of the steps in which the learning rate rises.
+        group_by_length: texts of like lengths share a batch, see `batches.ByLength`.
         save_every: steps between checkpoints to resume from, None for none.
         calibrate_steps: batches to look at before training, for methods whose start follows the data.
         report_to: integrations of transformers' Trainer that log the run as well, such as "tensorboard".
@@ -49,6 +50,7 @@ class RunSpec:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     bf16: bool = False
+    group_by_length: bool = False
     eval_every: int | None = None
     save_every: int | None = None
     calibrate_steps: int = 8
@@ -85,6 +87,8 @@ def training_arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingAr
         weight_decay=spec.weight_decay,
         max_grad_norm=spec.max_grad_norm,
         bf16=spec.bf16,
+        train_sampling_strategy="group_by_length" if spec.group_by_length else "random",
+        use_cpu=not torch.accelerator.is_available(),  # bf16 on a processor is refused without it
         eval_strategy="steps",
         eval_steps=spec.evaluation_interval,
         save_strategy="no" if spec.save_every is None else "steps",

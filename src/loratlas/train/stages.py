@@ -16,7 +16,7 @@ from loratlas.train.plan import Plan
 from loratlas.train.progress import Progress
 from loratlas.train.results import SHIFT, Comparison, RunResult
 from loratlas.train.roles import cast
-from loratlas.train.search import choose, search_seed
+from loratlas.train.search import beyond, choose, search_seed
 from loratlas.train.spec import RunSpec
 
 RESULTS = "results.json"
@@ -78,19 +78,25 @@ class Stages:
         self.specs = {slug: spec for slug, spec in self.specs.items() if slug in timed_methods}
 
     def _search(self) -> None:
-        seed, jobs = search_seed(self.plan.seeds), []
+        self._do([self._trial(slug, rate) for slug in self.specs for rate in self.plan.grid])
+        for _ in range(self.plan.widen):
+            further = {slug: beyond(*self._searched(slug)) for slug in self.specs}
+            self._do([self._trial(slug, rate) for slug, rate in further.items() if rate is not None])
         for slug in self.specs:
-            steps = self.plan.search_steps or self.steps[slug]
-            for rate in self.plan.grid:
-                fields = {"seed": seed, "steps": steps, "eval_every": steps, "learning_rate": rate}
-                folder, label = f"search/{slug}-lr{rate:g}", f", learning rate {rate:g}"
-                jobs.append(self._job("search", slug, folder, label, **fields))
-        self._do(jobs)
-        for slug in self.specs:
-            own = [run for run in self.result.search_runs if run.method == slug]
-            found = choose(self.labels[slug], self.plan.grid, own)
+            found = choose(self.labels[slug], *self._searched(slug))
             self.result.rates[slug] = found.rate
             self._choices += [found.note] if found.note else []
+
+    def _trial(self, slug: str, rate: float) -> Job:
+        steps = self.plan.search_steps or self.steps[slug]
+        fields = {"steps": steps, "eval_every": steps, "learning_rate": rate, "seed": search_seed(self.plan.seeds)}
+        return self._job("search", slug, f"search/{slug}-lr{rate:g}", f", learning rate {rate:g}", **fields)
+
+    def _searched(self, slug: str) -> tuple[list[float], list[RunResult]]:
+        """The rates tried with `slug`, and those runs that came to an end."""
+        jobs = [job for job in self._jobs if job.part == "search" and job.spec.method == self.specs[slug].method]
+        done = [self._done[job.spec.output_dir] for job in jobs if job.spec.output_dir in self._done]
+        return [job.spec.learning_rate for job in jobs if job.spec.learning_rate is not None], done
 
     def _final(self, slug: str, seed: int) -> Job:
         folder, label = (slug, "") if len(self.plan.seeds) == 1 else (f"{slug}-seed{seed}", f", seed {seed}")

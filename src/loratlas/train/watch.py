@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 from loratlas.engine.parts import Objective
 from loratlas.train.atomic import AtomicCheckpoints
+from loratlas.train.batches import LengthTrainer
 from loratlas.train.complete import checkpoint_name
 from loratlas.train.progress import Progress
 from loratlas.train.stop import Stop, Stopped
@@ -77,7 +78,7 @@ class Watch(TrainerCallback):
         control.should_save |= self.stop.requested  # asked for while it evaluated, which comes before saving
 
 
-class WatchedTrainer(AtomicCheckpoints, Trainer):
+class WatchedTrainer(AtomicCheckpoints, LengthTrainer):
     """transformers' Trainer with a `Watch`; raises `Diverged` where Trainer would step on.
 
     Args:

@@ -1,0 +1,76 @@
+"""Batches of texts of like lengths, so that little of a batch is padding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from loratlas.errors import UserError
+
+_SPAN = 50  # batches that are sorted together: enough for like lengths, few enough for other company in every epoch
+_COLUMN = "input_ids"
+
+
+class ByLength(Sampler[int]):
+    """Row numbers such that every `batch_size` of them have like lengths, the batches in random order.
+
+    The rows are permuted, sorted by length 50 batches at a time, and the batches of each 50 are permuted. A pure
+    function of lengths, seed and epoch. (LengthGroupedSampler of transformers leaves the batches sorted, so that
+    training goes through long and then short texts again and again, and draws from the global random state, so that a
+    resumed run would see other batches.)
+
+    Args:
+        lengths: of the rows, in tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.as_tensor(lengths), batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
+        rows = torch.randperm(len(self.lengths), generator=generator)
+        rest: list[int] = []  # the last batch of an epoch may be shorter, and stays the last
+        for span in rows.split(_SPAN * self.batch_size):
+            batches = span[self.lengths[span].argsort(stable=True)].split(self.batch_size)
+            for at in torch.randperm(len(batches), generator=generator).tolist():
+                batch = batches[at].tolist()
+                if len(batch) < self.batch_size:
+                    rest = batch
+                else:
+                    yield from batch
+        yield from rest
+
+
+class LengthTrainer(Trainer):
+    """transformers' Trainer whose strategy "group_by_length" is `ByLength`."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return ByLength(text_lengths(rows), self.args.per_device_train_batch_size, seed)
+
+
+def text_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each row.
+
+    Raises:
+        UserError: the rows are no texts.
+    """
+    if _COLUMN not in rows.column_names:
+        raise UserError("--group-by-length is for texts: leave it out where the rows are images.")
+    lengths: list[int] = pc.list_value_length(rows.with_format("arrow")[_COLUMN]).to_pylist()
+    return lengths
