@@ -39,6 +39,13 @@ class Setting:
     batch: int = 8
     length: int = 128
 
+    def batch_of(self) -> tuple[Tensor, Tensor]:
+        """(ids, goal) of the one batch that all arms see."""
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.length)
+        ids = torch.randint(0, VOCABULARY, size, generator=generator)
+        return ids, torch.randn(*size, self.width, generator=generator)
+
     def encoder(self) -> BertModel:
         torch.manual_seed(0)
         config = BertConfig(
@@ -104,25 +111,26 @@ class Arm:
 
 def make_arm(name: str, setting: Setting) -> Arm:
     """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
-    model: Any = setting.encoder()
-    generator = torch.Generator().manual_seed(1)
-    size = (setting.batch, setting.length)
-    ids = torch.randint(0, VOCABULARY, size, generator=generator)
-    goal = torch.randn(*size, setting.width, generator=generator)
     if name == "frozen":
         # the floor: a gradient has to travel down to the embeddings, and nothing is updated
-        model.requires_grad_(False)
+        model: Any = setting.encoder().requires_grad_(False)
         model.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        return Arm(model, ids, goal)
+        return Arm(model, *setting.batch_of())
+    model = setting.encoder()
     config = _config(name, setting, model)
-    model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
     # a rank that grows is measured in its growth, which a long run has not left behind when the timing begins
     total = LONG if isinstance(config, GrowingConfig) else 2 * (EVENTS + 1)
-    arm = Arm(model, ids, goal, optimizer, attach(model, optimizer, total_steps=total))
+    arm = adapted_arm(config, setting, total, model)
     if name.startswith("srlora"):
         arm.pass_events(total)
     return arm
+
+
+def adapted_arm(config: PeftConfig, setting: Setting, total: int, encoder: BertModel | None = None) -> Arm:
+    """The encoder, a new one unless given, with this adapter, which is told that it trains for `total` steps."""
+    model = get_peft_model(encoder or setting.encoder(), config)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
+    return Arm(model, *setting.batch_of(), optimizer, attach(model, optimizer, total_steps=total))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
