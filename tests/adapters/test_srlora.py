@@ -320,7 +320,51 @@ def test_a_probe_is_drawn_once_an_event_and_read_from_the_host_alone(monkeypatch
     assert draws == [0, 7919, 2 * 7919, 3 * 7919]
 
 
-@pytest.mark.parametrize("options", [{}, {"sketch_steps": 9}], ids=["some steps", "all steps"])
+@pytest.mark.parametrize("reservoir", ["principal", "gradient"])
+def test_a_global_budget_moves_as_many_pairs_where_they_matter_least(reservoir: str) -> None:
+    """In the second layer one pair does all the work, so the others go, and the first layer keeps its own."""
+    model = adapted("srlora", reservoir=reservoir, budget="global", init_weights="lora", dtype=torch.float64)
+    x, optimizer = inputs(dtype=torch.float64), adamw(model)
+    attach(model, optimizer, total_steps=20)
+    first, second = views(model)
+    before, announced = model(x), [t.layer.method.export_rank(t, 20) for t in (first, second)]
+    with torch.no_grad():
+        for t in (first, second):
+            for name, wide in (("IA", 0), ("QA", 0), ("IB", 1), ("QB", 1)):
+                shares = [1.0, 1.0, 1.0, 1.0] if t is first else [0.1, 3.0, 0.2, 0.3]
+                getattr(t, name).copy_(torch.tensor(shares).unsqueeze(1 - wide))
+        found = first.layer.method.leaving([first, second], StepContext(optimizer, 4, 20))
+        assert [slots.tolist() for _, slots in found] == [[0], [0, 2, 3]]
+        for t, slots in found:
+            t.layer.method.recompose(t, slots, StepContext(optimizer, 4, 20))
+    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
+    train(model, x, steps=20, optimizer=optimizer)
+    assert len(first.log) + len(second.log) == 16
+    assert [int(t.events) for t in (first, second)] == [4, 4]
+    for t, rank in zip((first, second), announced, strict=True):
+        assert t.layer.method.export_rank(t, 20) <= rank
+
+
+def test_a_global_budget_goes_on_where_a_layer_has_no_direction_left() -> None:
+    """Two pairs an event and layer: what the full one cannot take the others do."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Linear(16, 12, bias=False))
+    net[0].weight.data = torch.randn(16, 5) @ torch.randn(5, 12)
+    model = get_peft_model(net, SRLoraConfig(target_modules=["0", "1"], r=4, r_target=12, budget="global"))
+    regress(model, 25)
+    assert [int(view(model, name).cursor) for name in ("0", "1")] == [5, 12]
+
+
+def test_the_oldest_pairs_are_no_matter_of_a_global_budget() -> None:
+    with pytest.raises(UserError, match=r"budget='global' compares scores .* choose select='score' or budget='layer'"):
+        SRLoraConfig.gradient(budget="global")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"sketch_steps": 9}, {"budget": "global", "select": "score"}],
+    ids=["some steps", "all steps", "global"],
+)
 @pytest.mark.parametrize("stop", [2, 3, 4, 15])
 def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(
     stop: int, options: dict[str, Any], tmp_path: Path

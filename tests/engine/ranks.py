@@ -109,6 +109,7 @@ class Rank:
         sketched = {"init_weights": "lora", "optimizer_reset": "corrected", "fresh_warmup": 2}
         for setup in ("ddp", "fsdp"):
             self.run(f"{setup}-gradient", setup, reservoir="gradient", select="oldest", **sketched)
+            self.run(f"{setup}-global", setup, reservoir="gradient", budget="global", **sketched)
         self.run("ddp-inplace", "ddp", fuse_mode="inplace")
         self.run("single", "single")
         self.run("hsdp", "hsdp")

@@ -13,7 +13,8 @@ written.
 
 Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again, with b = 0, on the leading directions
 of the current gradient (reservoir="gradient", see `engine.sketch`); a warm-up of fresh pairs (`fresh_warmup`); fusing
-the oldest pairs instead of those with the lowest scores (`select`).
+the oldest pairs instead of those with the lowest scores (`select`); sharing an event's pairs out over all layers
+(`budget`).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from loratlas.engine import pairs, reservoir
+from loratlas.engine.budget import relative_lowest
 from loratlas.engine.config import SvdConfig, knob
 from loratlas.engine.events import Plan
 from loratlas.engine.factors import Factors
@@ -153,7 +155,7 @@ class SRLora(LowRankMethod):
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
         plan = self.plan(t, total_steps)
         events = max(0, len(plan.steps(t.cfg.total_step or total_steps)) - int(t.events))
-        pairs_to_come = plan.per_event * events
+        pairs_to_come = (t.r if t.cfg.budget == "global" else plan.per_event) * events
         if t.cfg.exhaustion == "stop" and not t.cfg.sketches:
             pairs_to_come = min(pairs_to_come, t.RA.shape[0])
         ranks = 1 if t.A0 is None else 2
@@ -202,11 +204,8 @@ class SRLora(LowRankMethod):
             correct()
         reservoir.share(views)
         due = [t for t in views if self.due(t, ctx)]
-        if due:
-            lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]
-            agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
-            for t, low in zip(due, agreed, strict=True):
-                self.recompose(t, low, ctx)
+        for t, slots in self.leaving(due, ctx) if due else ():
+            self.recompose(t, slots, ctx)
         self.watch(views, ctx)
 
     @staticmethod
@@ -223,11 +222,28 @@ class SRLora(LowRankMethod):
 
     def due(self, t: View, ctx: StepContext) -> bool:
         # the tensors are read (a synchronisation on GPU) only where the plan has an event
-        return (
-            ctx.step in self.event_steps(t, ctx.total_steps)
-            and int(t.events) < self.plan(t, ctx.total_steps).events
-            and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.sketches)
-        )
+        return ctx.step in self.event_steps(t, ctx.total_steps) and int(t.events) < self.plan(t, ctx.total_steps).events
+
+    def leaving(self, due: Sequence[View], ctx: StepContext) -> list[tuple[View, Tensor]]:
+        """(layer, slots) of the pairs that start again now, of all layers that have directions left for them."""
+        counts = [self.plan(t, ctx.total_steps).per_event for t in due]
+        able = [(t, n) for t, n in zip(due, counts, strict=True) if self.room(t)]
+        if not able:
+            return []
+        if due[0].cfg.budget == "global":
+            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t, _ in able]
+            go = ctx.agree(relative_lowest(scores, [self.room(t) for t, _ in able], sum(counts)))
+            slots = [own.nonzero().flatten() for own in go.split([t.r for t, _ in able])]
+        else:
+            lows = [self.lowest(t, n) for t, n in able]
+            slots = list(ctx.agree(torch.cat(lows)).split([len(low) for low in lows]))
+        return list(zip([t for t, _ in able], slots, strict=True))
+
+    @staticmethod
+    def room(t: View) -> int:
+        """Pairs that can start again at an event, as far as there are directions for them."""
+        unlimited = t.cfg.sketches or (t.RA.shape[0] == 0 and t.cfg.exhaustion == "resvd")
+        return t.r if unlimited else min(t.r, t.RA.shape[0])
 
     def lowest(self, t: View, per_event: int) -> Tensor:
         """Slots of the pairs with the lowest scores, in slot order; ties go to the lower slot."""
@@ -238,6 +254,10 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
+        if len(slots) == 0:  # all of this event's pairs are in other layers
+            t.events.add_(1)
+            reservoir.empty(t)
+            return
         down, up = self.next_directions(t, slots, ctx)
         slots = slots[: down.shape[0]]
         t.events.add_(1)
@@ -332,6 +352,11 @@ class SRLoraConfig(SvdConfig):
     )
     sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
     fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
+    budget: str = knob(
+        "layer",
+        "Pairs of an event: as many in every layer ('layer'), or as many in all, the lowest scores relative to their "
+        "layer's mean ('global', ours).",
+    )
     select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
 
     @classmethod
@@ -365,12 +390,19 @@ class SRLoraConfig(SvdConfig):
         self._require(self.total_step is None or self.total_step >= 1, "total_step", "at least 1")
         for name, allowed in _CHOICES.items():
             self._require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
+        if self.budget == "global" and self.select == "oldest":
+            raise UserError(
+                "SRLoraConfig: budget='global' compares scores between layers, and the oldest pairs are as old in all "
+                "of them: choose select='score' or budget='layer'.",
+                field="budget",
+            )
 
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "init_weights": (True, False, "lora"),
     "reservoir": ("principal", "gradient"),
     "select": ("score", "oldest"),
+    "budget": ("layer", "global"),
     "schedule": ("spread", "paper"),
     "score_reset": ("all", "replaced"),
     "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),

@@ -79,10 +79,16 @@ def forget(t: View) -> None:
         del t.layer.store("probe")[t.adapter]
 
 
+def empty(t: View) -> None:
+    """Forget what was gathered, and the probe with it; the next event has its own."""
+    if t.sketch is not None:
+        t.sketch.zero_()
+        forget(t)
+
+
 def sketched(t: View, slots: Tensor) -> tuple[Tensor, Tensor]:
     """(down, up) of new pairs for `slots` (k,) from the sketch, which is emptied."""
     stays = torch.ones(len(t.A), dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
     rows = sketch.directions(t.sketch, len(slots), whole(t.A)[stays])
-    t.sketch.zero_()
-    forget(t)
+    empty(t)
     return rows * LENGTH, torch.zeros_like(whole(t.B)[:, slots])
