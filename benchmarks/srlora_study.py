@@ -44,6 +44,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-cold": ("srlora", {**LORA_START, "fresh_warmup": 0}),
     "gradient-score": ("srlora", LORA_START),
     "gradient": ("srlora", {**LORA_START, "select": "oldest"}),
+    "settled": ("srlora", {**LORA_START, "select": "oldest", "trigger": "settled"}),
     "global": ("srlora", {**LORA_START, "budget": "global"}),
 }
 _BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
 from loratlas.adapters.srlora import GRADIENT as GRADIENT_PRESET
 from loratlas.adapters.srlora import SRLora
 from loratlas.catalog import baselines
-from loratlas.engine import sketch
+from loratlas.engine import settling, sketch
 from loratlas.engine.events import Plan
 from loratlas.engine.factors import accumulate
 from loratlas.engine.layer import joined_factors
@@ -360,10 +361,80 @@ def test_the_oldest_pairs_are_no_matter_of_a_global_budget() -> None:
         SRLoraConfig.gradient(budget="global")
 
 
+SETTLED = {"trigger": "settled", "settle_steps": 3, "settle_tolerance": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"init_weights": "lora", "sketch_steps": 2, **GRADIENT}], ids=["w", "gradient"]
+)
+def test_settled_scores_bring_events_forward_and_never_back(options: dict[str, Any]) -> None:
+    """The plan has its events after 20, 40, 60 and 80 of 100 steps; looks are after 3, 6, 9 and so on."""
+
+    def steps(tolerance: float) -> list[list[int]]:
+        model = adapted("srlora", **SETTLED | {"settle_tolerance": tolerance}, **options)
+        train(model, inputs(), steps=100)
+        assert [int(t.events) for t in views(model)] == [4, 4]
+        assert [int(t.due) for t in views(model)] == [0, 0]
+        return [sorted(set(t.log[:, 0].tolist())) for t in views(model)]
+
+    wait = 2 if options else 0
+    assert steps(0.0) == [[20, 40, 60, 80]] * 2
+    # scores are known at the first look, at the second they may have settled; after an event it is the same again, but
+    # pairs that start with b = 0 have no score in their first step, which here is a look
+    assert steps(1e9) == ([[8, 17, 26, 35]] * 2 if wait else [[6, 12, 18, 24]] * 2)
+    for found in steps(0.5):
+        assert all(step <= plan for step, plan in zip(found, (20, 40, 60, 80), strict=True))
+        assert all(b - a >= 3 + wait for a, b in itertools.pairwise(found))
+
+
+def test_scores_settle_by_their_lowest() -> None:
+    model = adapted("srlora", **SETTLED)
+    t, ctx = view(model), StepContext(adamw(model), 0, 100)
+    settling.begin([t], [range(20, 81, 20)], ctx)
+
+    def look(step: int, scores: list[float]) -> int:
+        ctx.step = step
+        settling.look([t], [torch.tensor(scores)], [2], 2, ctx)
+        assert int(t.due) == settling.expected(t, ctx).step
+        return int(t.due)
+
+    assert look(3, [1.0, 2.0, 9.0, 9.0]) == 20  # nothing to compare with
+    assert look(6, [1.0, 0.2, 9.0, 9.0]) == 20
+    assert look(9, [12.0, 3.0, 90.0, 95.0]) == 11  # 0.15 of the mean against 0.125; the size of all is no matter
+    assert look(12, [5.0, 9.0, 9.0, 9.0]) == 11  # fired is fired
+    settling.passed(t, range(20, 81, 20), ctx)
+    assert settling.expected(t, ctx) == (1, 40)
+    assert look(15, [1.0, 1.0, 1.0, 1.0]) == 40
+    assert look(39, [1.0, 1.0, 1.0, 1.0]) == 40  # the plan is sooner
+
+
+def test_nothing_is_read_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = adapted("srlora", init_weights="lora", **GRADIENT, **SETTLED | {"settle_tolerance": 0.0}), []
+    optimizer = adamw(model)
+
+    def counted(genuine: Any) -> Any:
+        return lambda tensor: (read.append(clock[0]), genuine(tensor))[1]
+
+    attach(model, optimizer, total_steps=100)
+    for name in ("__int__", "tolist"):
+        monkeypatch.setattr(Tensor, name, counted(getattr(Tensor, name)))
+    clock = [0]
+    for clock[0] in range(1, 20):
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert read == [3, 6, 9, 12, 15, 18]
+
+
+def test_a_global_budget_is_no_matter_of_single_layers_events() -> None:
+    with pytest.raises(UserError, match=r"budget='global' shares out events .* choose trigger='interval' or"):
+        config("srlora", budget="global", trigger="settled")
+
+
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sketch_steps": 9}, {"budget": "global", "select": "score"}],
-    ids=["some steps", "all steps", "global"],
+    [{}, {"sketch_steps": 9}, {"budget": "global", "select": "score"}, {**SETTLED, "settle_steps": 2}],
+    ids=["some steps", "all steps", "global", "settled"],
 )
 @pytest.mark.parametrize("stop", [2, 3, 4, 15])
 def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(

@@ -14,7 +14,7 @@ written.
 Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again, with b = 0, on the leading directions
 of the current gradient (reservoir="gradient", see `engine.sketch`); a warm-up of fresh pairs (`fresh_warmup`); fusing
 the oldest pairs instead of those with the lowest scores (`select`); sharing an event's pairs out over all layers
-(`budget`).
+(`budget`); events that come as soon as scores have settled (`trigger`).
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loratlas.engine import pairs, reservoir
+from loratlas.engine import pairs, reservoir, settling
 from loratlas.engine.budget import relative_lowest
 from loratlas.engine.config import SvdConfig, knob
-from loratlas.engine.events import Plan
+from loratlas.engine.events import Expected, Plan
 from loratlas.engine.factors import Factors
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
@@ -59,12 +59,12 @@ class SRLora(LowRankMethod):
     """Tensors, beside those of `engine.pairs` and `engine.reservoir`: IA, QA (r, in) and IB, QB (out, r) the scores'
     moving averages; slot_dir (r,) which direction a slot carries; born (r,) the step it was seeded at; cursor, events:
     directions used and events done; log (M, 4): step, slot, old and new direction (a running number where directions
-    are not those of W)."""
+    are not those of W). Where events may come early, also those of `engine.settling`."""
 
     name = "srlora"
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
-    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *INTEGERS)
+    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *settling.BUFFERS, *INTEGERS)
     growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
     derived = ("folded", "probe")
 
@@ -82,10 +82,11 @@ class SRLora(LowRankMethod):
             "HA": (0, n_in),
             "HB": (n_out, 0),
             "log": (0, 4),
+            **(settling.shapes(r) if cfg.trigger == "settled" else {}),
         }
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return dict.fromkeys(INTEGERS, torch.int64)
+        return dict.fromkeys((*INTEGERS, "due"), torch.int64)
 
     @staticmethod
     def r_target(cfg: SRLoraConfig, r: int, shape: tuple[int, int]) -> int:
@@ -182,6 +183,8 @@ class SRLora(LowRankMethod):
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         for t in views:
             reservoir.forget(t)
+        if views[0].cfg.trigger == "settled":
+            settling.begin(views, [self.event_steps(t, ctx.total_steps) for t in views], ctx)
         self.watch(views, ctx)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
@@ -203,6 +206,7 @@ class SRLora(LowRankMethod):
         for correct in ctx.scratch[self]:
             correct()
         reservoir.share(views)
+        self.trigger(views, ctx)
         due = [t for t in views if self.due(t, ctx)]
         for t, slots in self.leaving(due, ctx) if due else ():
             self.recompose(t, slots, ctx)
@@ -215,14 +219,32 @@ class SRLora(LowRankMethod):
         return torch.where(born > 0, (age / (warmup + 1)).clamp(max=1.0), torch.ones_like(age))
 
     def event_steps(self, t: View, total_steps: int) -> range:
-        """The steps after which the plan has an event, as far as numbers known before training say."""
+        """The steps after which the plan has an event, as far as numbers known before training say; where scores may
+        settle, each comes then at the latest."""
         if t.cfg.sketches and t.op.kind == "embedding":
             return range(0)  # its input are ids, which have no directions
         return self.plan(t, total_steps).steps(t.cfg.total_step or total_steps)
 
+    def next_event(self, t: View, ctx: StepContext, since: int) -> Expected:
+        """The first event after step `since` or a later one, from what is known on the host."""
+        if t.cfg.trigger == "settled":
+            return settling.expected(t, ctx)
+        steps = self.event_steps(t, ctx.total_steps)
+        number = -(-since // steps.step) - 1
+        return Expected(number, steps[number] if number < len(steps) else 0)
+
+    def trigger(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Every few steps: have scores settled, so that events come earlier than planned?"""
+        cfg = views[0].cfg
+        if cfg.trigger == "settled" and ctx.step % cfg.settle_steps == 0:
+            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t in views]
+            counts = [self.plan(t, ctx.total_steps).per_event for t in views]
+            settling.look(views, scores, counts, cfg.sketch_steps if cfg.sketches else 0, ctx)
+
     def due(self, t: View, ctx: StepContext) -> bool:
-        # the tensors are read (a synchronisation on GPU) only where the plan has an event
-        return ctx.step in self.event_steps(t, ctx.total_steps) and int(t.events) < self.plan(t, ctx.total_steps).events
+        # the tensors are read (a synchronisation on GPU) only where an event is expected
+        expected = self.next_event(t, ctx, ctx.step).step == ctx.step
+        return expected and int(t.events) < self.plan(t, ctx.total_steps).events
 
     def leaving(self, due: Sequence[View], ctx: StepContext) -> list[tuple[View, Tensor]]:
         """(layer, slots) of the pairs that start again now, of all layers that have directions left for them."""
@@ -254,6 +276,8 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
+        if t.cfg.trigger == "settled":
+            settling.passed(t, self.event_steps(t, ctx.total_steps), ctx)
         if len(slots) == 0:  # all of this event's pairs are in other layers
             t.events.add_(1)
             reservoir.empty(t)
@@ -300,11 +324,9 @@ class SRLora(LowRankMethod):
             reservoir.watch([(t, self.draw(t, ctx)) for t in views])
 
     def draw(self, t: View, ctx: StepContext) -> int | None:
-        """Number of the probe for the step to come, from what is known on the host; None: nothing to gather."""
-        events = self.event_steps(t, ctx.total_steps)
-        number = ctx.step // events.step  # of the next event, from 0
-        near = number < len(events) and events[number] - ctx.step <= t.cfg.sketch_steps
-        return t.cfg.seed + 7919 * number if near else None
+        """Number of the probe for the step to come; None: nothing to gather."""
+        number, step = self.next_event(t, ctx, ctx.step + 1)
+        return t.cfg.seed + 7919 * number if 0 < step - ctx.step <= t.cfg.sketch_steps else None
 
 
 @adapter(SRLora())
@@ -357,6 +379,12 @@ class SRLoraConfig(SvdConfig):
         "Pairs of an event: as many in every layer ('layer'), or as many in all, the lowest scores relative to their "
         "layer's mean ('global', ours).",
     )
+    trigger: str = knob(
+        "interval",
+        "A layer's events come by the plan ('interval'), or earlier where its lowest scores have 'settled' (ours).",
+    )
+    settle_steps: int = knob(5, "Steps between two looks at whether scores have settled.")
+    settle_tolerance: float = knob(0.1, "Relative change between two looks up to which scores have settled.")
     select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
 
     @classmethod
@@ -383,6 +411,8 @@ class SRLoraConfig(SvdConfig):
         super().__post_init__()
         self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
         self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
+        self._require(self.settle_steps >= 1, "settle_steps", "at least 1")
+        self._require(self.settle_tolerance >= 0.0, "settle_tolerance", "at least 0")
         self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -396,6 +426,12 @@ class SRLoraConfig(SvdConfig):
                 "of them: choose select='score' or budget='layer'.",
                 field="budget",
             )
+        if self.budget == "global" and self.trigger == "settled":
+            raise UserError(
+                "SRLoraConfig: budget='global' shares out events that all layers have at once, and with "
+                "trigger='settled' each has its own: choose trigger='interval' or budget='layer'.",
+                field="budget",
+            )
 
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
@@ -403,6 +439,7 @@ _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "reservoir": ("principal", "gradient"),
     "select": ("score", "oldest"),
     "budget": ("layer", "global"),
+    "trigger": ("interval", "settled"),
     "schedule": ("spread", "paper"),
     "score_reset": ("all", "replaced"),
     "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),
