@@ -45,6 +45,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-score": ("srlora", LORA_START),
     "gradient": ("srlora", {**LORA_START, "select": "oldest"}),
     "settled": ("srlora", {**LORA_START, "select": "oldest", "trigger": "settled"}),
+    "activation": ("srlora", {**LORA_START, "reservoir": "activation", "select": "oldest"}),
+    "minor": ("srlora", {**LORA_START, "reservoir": "minor"}),
     "global": ("srlora", {**LORA_START, "budget": "global"}),
 }
 _BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000

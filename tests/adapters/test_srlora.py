@@ -361,6 +361,51 @@ def test_the_oldest_pairs_are_no_matter_of_a_global_budget() -> None:
         SRLoraConfig.gradient(budget="global")
 
 
+def test_minor_directions_are_the_last_of_w_smallest_first() -> None:
+    model = adapted("srlora", reservoir="minor", r_target=10, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(view(model).layer.base_matrix(), full_matrices=False)
+    t = view(model)
+    for k, direction in enumerate(range(11, 5, -1)):
+        expected = s[direction] * torch.outer(u[:, direction], vh[direction])
+        torch.testing.assert_close(torch.outer(t.RB[:, k], t.RA[k]), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(t.B @ t.A, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], rtol=1e-9, atol=1e-9)
+    train(model, inputs(dtype=torch.float64), steps=20)
+    assert int(t.cursor) == 10
+    assert t.RA.shape[0] == 0
+
+
+def test_minor_directions_refuse_what_finds_leading_ones() -> None:
+    with pytest.raises(UserError, match=r"svd_method='lowrank' finds leading .* svd_method='auto' or 'full'"):
+        config("srlora", reservoir="minor", svd_method="lowrank")
+    with pytest.raises(UserError, match=r"exhaustion='resvd' goes on with leading .* exhaustion='stop' or reservoir"):
+        config("srlora", reservoir="minor", exhaustion="resvd")
+
+
+@pytest.mark.parametrize("fuse_mode", ["difference", "inplace"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_the_inputs_are_sketched(kind: str, fuse_mode: str) -> None:
+    options = {**GRADIENT, "reservoir": "activation", "init_weights": "lora", "fuse_mode": fuse_mode}
+    model, x = adapted("srlora", kind, torch.float64, **options), inputs(kind, torch.float64)
+    train(model, x, steps=1, total=20)
+    t = view(model)
+    rows = t.op.rows(x)
+    torch.testing.assert_close(t.sketch, (rows @ t.probe).T @ rows, rtol=1e-12, atol=1e-12)
+
+
+def test_pairs_start_again_on_the_leading_directions_of_the_input() -> None:
+    options = {**GRADIENT, "reservoir": "activation", "init_weights": "lora"}
+    model, x = adapted("srlora", dtype=torch.float64, **options), inputs(dtype=torch.float64)
+    strong = torch.linalg.svd(x, full_matrices=False).Vh[:2]
+    x = x + 20 * x @ strong.T @ strong
+    train(model, x, steps=4, total=20)
+    t = view(model)
+    moved = t.log[:, 1].tolist()
+    basis = torch.linalg.qr(t.A[[k for k in range(4) if k not in moved]].detach().T).Q
+    leading = torch.linalg.svd(x - x @ basis @ basis.T, full_matrices=False).Vh[:2]
+    assert torch.linalg.svdvals(t.A[moved].detach() @ leading.T).min() * 3**0.5 > 0.98
+    assert not t.B[:, moved].any()
+
+
 SETTLED = {"trigger": "settled", "settle_steps": 3, "settle_tolerance": 0.5}
 
 
@@ -433,8 +478,15 @@ def test_a_global_budget_is_no_matter_of_single_layers_events() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"sketch_steps": 9}, {"budget": "global", "select": "score"}, {**SETTLED, "settle_steps": 2}],
-    ids=["some steps", "all steps", "global", "settled"],
+    [
+        {},
+        {"sketch_steps": 9},
+        {"budget": "global", "select": "score"},
+        {**SETTLED, "settle_steps": 2},
+        {"reservoir": "activation"},
+        {"reservoir": "minor"},
+    ],
+    ids=["some steps", "all steps", "global", "settled", "activation", "minor"],
 )
 @pytest.mark.parametrize("stop", [2, 3, 4, 15])
 def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(

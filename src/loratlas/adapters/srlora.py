@@ -11,10 +11,10 @@ the PRETRAINED weight, whose projection leaves the frozen part: the function doe
 train, up to r_target directions are visited. Everything is kept in difference form (see `engine.pairs`), so W is never
 written.
 
-Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again, with b = 0, on the leading directions
-of the current gradient (reservoir="gradient", see `engine.sketch`); a warm-up of fresh pairs (`fresh_warmup`); fusing
-the oldest pairs instead of those with the lowest scores (`select`); sharing an event's pairs out over all layers
-(`budget`); events that come as soon as scores have settled (`trigger`).
+Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again on the least directions of W, or with
+b = 0 on the leading ones of the current gradient or input (`reservoir`, see `engine.reservoir`); a warm-up of fresh
+pairs (`fresh_warmup`); fusing the oldest pairs instead of those with the lowest scores (`select`); sharing an event's
+pairs out over all layers (`budget`); events that come as soon as scores have settled (`trigger`).
 """
 
 from __future__ import annotations
@@ -102,11 +102,13 @@ class SRLora(LowRankMethod):
         r_target = self.r_target(t.cfg, t.r, t.op.shape)
         spare = 0 if t.cfg.sketches else r_target - t.r
         if t.cfg.init_weights != "lora" or spare:
-            u, s, vh = usable_svd(weight(), t.r + spare, **t.cfg.svd_options())
+            minor = t.cfg.reservoir == "minor"
+            u, s, vh = usable_svd(weight(), min(t.op.shape) if minor else t.r + spare, **t.cfg.svd_options())
             if len(s) < t.r:
                 return len(s)
             down, up = pairs.principal_factors(u, s, vh, t.scaling)
-            reservoir.keep(t, down[t.r :], up[:, t.r :])
+            rest = torch.arange(len(s) - 1, t.r - 1, -1)[:spare] if minor else slice(t.r, None)
+            reservoir.keep(t, down[rest], up[:, rest])
         elif t.r > min(t.op.shape):
             return min(t.op.shape)
         if t.cfg.r_target is not None and t.cfg.r_target > min(t.op.shape):
@@ -136,7 +138,7 @@ class SRLora(LowRankMethod):
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
-        return self.looking(t, pairs.with_history(t))
+        return reservoir.gathering(t, pairs.with_history(t), of_input=t.cfg.of_input)
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
         return t.A, t.B
@@ -145,12 +147,7 @@ class SRLora(LowRankMethod):
         folded = t.folded
         if folded is None:
             return None
-        return folded, self.looking(t, pairs.without_start(t))
-
-    @staticmethod
-    def looking(t: View, factors: Factors) -> Factors:
-        """`factors` whose backward pass gathers the sketch, where the step to come is one of those that do."""
-        return factors if t.probe is None else factors._replace(probe=t.probe, sketch=t.sketch)
+        return folded, reservoir.gathering(t, pairs.without_start(t), of_input=t.cfg.of_input)
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
@@ -321,7 +318,7 @@ class SRLora(LowRankMethod):
     def watch(self, views: Sequence[View], ctx: StepContext) -> None:
         """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
         if views[0].cfg.sketches:
-            reservoir.watch([(t, self.draw(t, ctx)) for t in views])
+            reservoir.watch([(t, self.draw(t, ctx)) for t in views], of_input=views[0].cfg.of_input)
 
     def draw(self, t: View, ctx: StepContext) -> int | None:
         """Number of the probe for the step to come; None: nothing to gather."""
@@ -369,10 +366,10 @@ class SRLoraConfig(SvdConfig):
 
     reservoir: str = knob(
         "principal",
-        "Where pairs start again: on the next 'principal' directions of W (the paper's), or with b = 0 on those of the "
-        "current 'gradient' (ours).",
+        "Where pairs start again: on the next 'principal' directions of W (the paper's); ours: on its 'minor' ones, "
+        "smallest first, or with b = 0 on those of the current 'gradient' or 'activation'.",
     )
-    sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
+    sketch_steps: int = knob(4, "Steps before an event in which directions of gradient or activation are gathered.")
     fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
     budget: str = knob(
         "layer",
@@ -404,8 +401,18 @@ class SRLoraConfig(SvdConfig):
 
     @property
     def sketches(self) -> bool:
-        """Whether new directions come from the gradient."""
-        return self.reservoir == "gradient"
+        """Whether new directions are gathered while training."""
+        return self.reservoir in ("gradient", "activation")
+
+    @property
+    def of_input(self) -> bool:
+        """Whether they are those of the layer's input."""
+        return self.reservoir == "activation"
+
+    def svd_options(self) -> dict[str, Any]:
+        options = super().svd_options()
+        # the other methods find leading directions
+        return {**options, "method": "full"} if self.reservoir == "minor" else options
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -420,6 +427,18 @@ class SRLoraConfig(SvdConfig):
         self._require(self.total_step is None or self.total_step >= 1, "total_step", "at least 1")
         for name, allowed in _CHOICES.items():
             self._require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
+        if self.reservoir == "minor" and self.svd_method not in ("auto", "full"):
+            raise UserError(
+                f"SRLoraConfig: svd_method={self.svd_method!r} finds leading directions, and reservoir='minor' needs "
+                "the last ones: choose svd_method='auto' or 'full'.",
+                field="svd_method",
+            )
+        if self.reservoir == "minor" and self.exhaustion == "resvd":
+            raise UserError(
+                "SRLoraConfig: exhaustion='resvd' goes on with leading directions, and reservoir='minor' asks for the "
+                "last ones: choose exhaustion='stop' or reservoir='principal'.",
+                field="exhaustion",
+            )
         if self.budget == "global" and self.select == "oldest":
             raise UserError(
                 "SRLoraConfig: budget='global' compares scores between layers, and the oldest pairs are as old in all "
@@ -436,7 +455,7 @@ class SRLoraConfig(SvdConfig):
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "init_weights": (True, False, "lora"),
-    "reservoir": ("principal", "gradient"),
+    "reservoir": ("principal", "minor", "gradient", "activation"),
     "select": ("score", "oldest"),
     "budget": ("layer", "global"),
     "trigger": ("interval", "settled"),

@@ -8,8 +8,8 @@ was for the same pairs at the look before:
 A ratio, because all scores grow together: with the gradients, and as moving averages that have begun at 0.
 
 Tensors: seen (r,) those ratios at the last look, 0 if there was none since an event; due (), int64, the step after
-which the next event comes, 0 if none does. The host knows `due` and the number of events done from the looks, at which the
-answers of all layers are read in one go, so that no other step waits for the device.
+which the next event comes, 0 if none does. The host knows `due` and the number of events done from the looks, at which
+the answers of all layers are read in one go, so that no other step waits for the device.
 """
 
 from __future__ import annotations
