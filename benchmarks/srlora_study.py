@@ -3,8 +3,9 @@
     python benchmarks/srlora_study.py --data DIR/banking77 --rank 4 --steps 120
     python benchmarks/srlora_study.py --data DIR/cola --metric matthews --arm lora --arm gradient
 
-The model is all-MiniLM-L6-v2, all linear layers are adapted. Every arm gets the same grid of learning rates and scales
-s = alpha / r, searched with one seed on rows held out of the training rows; the pair that is best there runs with every
+The model is all-MiniLM-L6-v2 in bf16 mixed precision, with all linear layers adapted and texts of like lengths in a
+batch. Every arm gets the same grid of learning rates and scales s = alpha / r, searched with one seed on rows held out
+of the training rows; the pair that is best there runs with every
 seed on the test rows, and LoRA again under other seeds for the noise floor. A run that is done is not done again: the
 folder --out keeps one file a run.
 
@@ -15,9 +16,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,8 @@ from loratlas.errors import UserError
 from loratlas.files import write_json
 
 LORA_START = {"init_weights": "lora", "reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3}
+GRADIENT = {**LORA_START, "select": "oldest"}
+# "multiple" (r_target / r) and "gamma" here come before those of the command line
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "rslora": ("lora", {"use_rslora": True}),
@@ -43,7 +44,12 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-keep": ("srlora", {"init_weights": "lora", "reservoir": "gradient"}),
     "gradient-cold": ("srlora", {**LORA_START, "fresh_warmup": 0}),
     "gradient-score": ("srlora", LORA_START),
-    "gradient": ("srlora", {**LORA_START, "select": "oldest"}),
+    "gradient": ("srlora", GRADIENT),
+    "gradient-6r": ("srlora", {**GRADIENT, "multiple": 6}),
+    "gradient-all": ("srlora", {**GRADIENT, "gamma": 1.0}),
+    "gradient-all-4r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 4}),
+    "gradient-all-5r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 5}),
+    "gradient-all-7r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 7}),
 }
 _BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000
 Rows = list[dict[str, Any]]
@@ -117,16 +123,18 @@ def _run(
     file = place / f"{name}-{rate:g}-{scale:g}-{phase}-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
-    slug, own = ARMS[name]
+    slug, own = ARMS[name][0], dict(ARMS[name][1])
     r, steps = shared["r"], shared["steps"]
     # rsLoRA divides by sqrt(r): the same s all the same
     alpha = scale * (r**0.5 if own.get("use_rslora") else r)
-    moving = {"r_target": r * shared["multiple"], "gamma": shared["gamma"]} if slug == "srlora" else {}
+    target = r * own.pop("multiple", shared["multiple"])
+    moving = {"r_target": target, "gamma": shared["gamma"]} if slug == "srlora" else {}
     options = {"r": r, "lora_alpha": alpha, **moving, **own}
     folder = place / "running"
     shutil.rmtree(folder, ignore_errors=True)
     with error_console().status(f"{name}, rate {rate:g}, scale {scale:g}, {phase}, seed {seed}"):
         spec = RunSpec(slug, demo.demo_model(), str(folder), seed=seed, steps=steps, learning_rate=rate)
+        spec.bf16 = spec.group_by_length = True
         spec.eval_every, spec.options = max(1, steps // 6 if phase == "final" else steps), options
         result = run(spec, task)
     shutil.rmtree(folder)
@@ -148,13 +156,9 @@ def _steps_to(runs: Rows, goal: float, seeds: int) -> float | None:
 
 
 def _write(data: str, rank: int, value: dict[str, Any]) -> None:
-    words = iter(sys.argv)
-    # where data and runs lie is this machine's business
-    kept = [f"DIR/{data}" if before == "--data" else word for before, word in itertools.pairwise(["", *words])]
-    command = shlex.join(["python", *kept])
-    from paired import RESULTS, provenance
+    from paired import RESULTS, command, provenance
 
-    write_json(RESULTS / f"srlora_study_{data}_r{rank}.json", {"command": command, **provenance(), **value})
+    write_json(RESULTS / f"srlora_study_{data}_r{rank}.json", {"command": command(), **provenance(), **value})
 
 
 def _show(found: dict[str, dict[str, Any]], seeds: int) -> None:
