@@ -65,7 +65,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int | None, typer.Option(min=1, help="Else the task's own.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="r of every method that has one, on all linear layers.")] = 8,
-    widen: Annotated[int, typer.Option(min=0, help="Rates to try beyond the grid, in either direction.")] = 4,
+    widen: Annotated[int, typer.Option(min=0, help="Rates to try beyond the grid, in either direction.")] = 2,
     out: Annotated[Path, typer.Option(help="Directory of the runs.")] = Path("runs/glue"),
     results: Annotated[Path, typer.Option(help="The file to write.")] = RESULTS,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with what is in --out.")] = False,
