@@ -188,10 +188,11 @@ class Method:
         """
         return None
 
-    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor | None:
         """Optional: x W^T + b and the branch together, for a plain dense layer with the (out, in) weight W.
 
-        For updates of full rank, which need more than thin products; those of thin factors have the fused op.
+        For updates of full rank, which need more than thin products; those of thin factors have the fused op. None
+        where it does not pay: then the layer goes on as if it were not there.
         """
         raise NotImplementedError
 
