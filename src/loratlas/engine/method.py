@@ -96,6 +96,7 @@ class Method:
         derived: tensors computed from the others by `derive`; never saved.
         shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
         undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
+        nested: the buffer () of how many of the first pairs are in use, where these are an adapter (see `nested`).
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
@@ -108,6 +109,7 @@ class Method:
     derived: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    nested: ClassVar[str] = ""
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 

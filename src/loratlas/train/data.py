@@ -53,6 +53,15 @@ class TaskData:
         self.measure = MEASURES[self.task]
         self.greater_is_better = self.metric not in LOWER_IS_BETTER
 
+    def for_trainer(self) -> dict[str, Any]:
+        """What a Trainer needs to batch and to evaluate."""
+        return {
+            "data_collator": self.collator,
+            "processing_class": self.processor,
+            "compute_metrics": self.measure,
+            "preprocess_logits_for_metrics": self.preprocess_logits,
+        }
+
     @property
     def num_labels(self) -> int:
         return len(self.labels) if self.labels is not None else 1

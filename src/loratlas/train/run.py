@@ -15,6 +15,7 @@ from loratlas.lock import locked
 from loratlas.train.card import model_card
 from loratlas.train.data import TaskData
 from loratlas.train.facts import facts
+from loratlas.train.measure import own_metrics
 from loratlas.train.output import (
     CHECKPOINTS,
     RESULT,
@@ -92,11 +93,8 @@ def _run(
         args=training_arguments(spec, task, rate),
         train_dataset=task.train,
         eval_dataset=task.test,
-        data_collator=task.collator,
-        processing_class=task.processor,
-        compute_metrics=task.measure,
-        preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=made.callbacks,
+        **task.for_trainer(),
     )
     identity = same_run(spec, task, rate, made.options)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
@@ -166,9 +164,7 @@ def _evaluated(trainer: WatchedTrainer) -> list[dict[str, float]]:
 
 
 def _evaluations(trainer: WatchedTrainer) -> list[dict[str, float]]:
-    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-    rows = [_without(row, *timing) for row in trainer.state.log_history if "eval_loss" in row]
-    return [{k if k == "eval_loss" else k.removeprefix("eval_"): v for k, v in row.items()} for row in rows]
+    return [own_metrics(row) for row in trainer.state.log_history if "eval_loss" in row]
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:
