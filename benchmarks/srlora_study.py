@@ -5,11 +5,11 @@
 
 The model is all-MiniLM-L6-v2 in bf16 mixed precision, with all linear layers adapted and texts of like lengths in a
 batch. Every arm gets the same grid of learning rates and scales s = alpha / r, searched with one seed on rows held out
-of the training rows; the pair that is best there runs with every
-seed on the test rows, and LoRA again under other seeds for the noise floor. A run that is done is not done again: the
-folder --out keeps one file a run.
+of the training rows; the pair that is best there runs with every seed on the test rows, and LoRA again under other
+seeds for the noise floor. A run that is done is not done again: the folder --out keeps one file a run.
 
-Writes benchmarks/results/srlora_study_<data>_r<rank>.json: searches, finals, curves, paired intervals against LoRA.
+With --plain everything is in fp32 and batches are not grouped. Writes
+benchmarks/results/srlora_study_<data>_r<rank>[_plain].json: searches, finals, curves, paired intervals against LoRA.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1)] = 120,
     max_length: int = 48,
+    plain: Annotated[bool, typer.Option("--plain", help="fp32 and batches in plain random order: slower.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = Path("runs/srlora-study"),
 ) -> None:
     quiet_libraries()
@@ -79,8 +80,8 @@ def main(
     grid = list(itertools.product(rate or [4e-3, 8e-3, 1.6e-2], scale or [1.0, 2.0]))
     tested = _load(data, metric, max_length)
     searched = hold_out(tested)
-    shared = {"steps": steps, "r": rank, "multiple": multiple, "gamma": gamma}
-    place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}"
+    shared = {"steps": steps, "r": rank, "multiple": multiple, "gamma": gamma, "plain": plain}
+    place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}{'-plain' if plain else ''}"
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         search = [_run(place, name, point, _SEARCH_SEED, searched, "search", shared) for point in grid]
@@ -134,7 +135,7 @@ def _run(
     shutil.rmtree(folder, ignore_errors=True)
     with error_console().status(f"{name}, rate {rate:g}, scale {scale:g}, {phase}, seed {seed}"):
         spec = RunSpec(slug, demo.demo_model(), str(folder), seed=seed, steps=steps, learning_rate=rate)
-        spec.bf16 = spec.group_by_length = True
+        spec.bf16 = spec.group_by_length = not shared["plain"]
         spec.eval_every, spec.options = max(1, steps // 6 if phase == "final" else steps), options
         result = run(spec, task)
     shutil.rmtree(folder)
@@ -158,7 +159,8 @@ def _steps_to(runs: Rows, goal: float, seeds: int) -> float | None:
 def _write(data: str, rank: int, value: dict[str, Any]) -> None:
     from paired import RESULTS, command, provenance
 
-    write_json(RESULTS / f"srlora_study_{data}_r{rank}.json", {"command": command(), **provenance(), **value})
+    name = f"srlora_study_{data}_r{rank}{'_plain' if value['plain'] else ''}.json"
+    write_json(RESULTS / name, {"command": command(), **provenance(), **value})
 
 
 def _show(found: dict[str, dict[str, Any]], seeds: int) -> None:
