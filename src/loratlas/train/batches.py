@@ -7,9 +7,10 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from loratlas.errors import UserError
 
@@ -54,14 +55,36 @@ class ByLength(Sampler[int]):
 
 
 class LengthTrainer(Trainer):
-    """transformers' Trainer whose strategy "group_by_length" is `ByLength`."""
+    """transformers' Trainer whose strategy "group_by_length" is `ByLength`.
+
+    Attributes:
+        order: of the training rows, instead of the strategy's.
+        further_columns: of the rows, which the model's forward does not take and the loss does.
+    """
+
+    order: Sampler[int] | None = None
+    further_columns: tuple[str, ...] = ()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.order is not None:
+            return self.order
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ByLength(text_lengths(rows), self.args.per_device_train_batch_size, seed)
+        return usual_order(rows, self.args)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        self._signature_columns: Any = list(dict.fromkeys([*(known or ()), *self.further_columns]))
+
+
+def usual_order(rows: Dataset, arguments: TrainingArguments) -> Sampler[int]:
+    """The order in which a `LengthTrainer` with `arguments` goes through `rows`, epoch after epoch."""
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    if arguments.train_sampling_strategy == "group_by_length":
+        return ByLength(text_lengths(rows), arguments.per_device_train_batch_size, seed)
+    return SeedableRandomSampler(rows, data_seed=seed)  # what accelerate puts in the place of the Trainer's own
 
 
 def text_lengths(rows: Dataset) -> list[int]:

@@ -38,6 +38,7 @@ class RunResult:
         adapted_modules, scaling, export_rank: see `facts.Facts`.
         labels: names of the classes, None for tasks without.
         shared: other runs used the machine at the same time, so that times do not compare.
+        forget: {"rows", "before", "after"}: the task's loss on the forget set before and after training, None without.
         forgetting: see `forgetting`, None where it was not measured.
     """
 
@@ -75,6 +76,7 @@ class RunResult:
     training_seconds: float = 0.0
     shared: bool = False
     forgetting: dict[str, Any] | None = None
+    forget: dict[str, Any] | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
