@@ -314,6 +314,7 @@ def test_bad_options() -> None:
         "search_steps must be at least 2": {"search_steps": 1},
         "share_unselected must be 'none' or 'per_type'": {"share_unselected": "all"},
         "after_search must be 'finetune' or 'retrain'": {"after_search": "stop"},
+        "search_share must be in": {"search_share": 1.0},
         "arch_beta1 must be in": {"arch_beta1": 1.0},
     }.items():
         with pytest.raises(UserError, match=message):

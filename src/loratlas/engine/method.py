@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from loratlas.engine.factors import Factors, low_rank_branch
 
 if TYPE_CHECKING:
+    from torch.utils.data import Sampler
+
     from loratlas.engine.layer import AtlasLayer
     from loratlas.engine.lifecycle import StepContext
     from loratlas.engine.ops import Op
@@ -148,6 +150,14 @@ class Method:
     def gather(self, cfg: Any) -> tuple[str, ...]:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
+
+    def order(self, cfg: Any, rows: int, per_step: int, total_steps: int, seed: int) -> Sampler[int] | None:
+        """The numbers of the `rows` training rows in the order in which optimizer steps use them, all steps in one go.
+
+        For methods whose steps see different parts of the data; None: the usual shuffled epochs. per_step: rows of one
+        step, of all its batches and ranks. The result may depend on nothing but the arguments.
+        """
+        return None
 
     def make_shared(self, cfg: Any, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
         """{name: tensor} of everything in `shared`, fp32 on the CPU, made once before the layers are.

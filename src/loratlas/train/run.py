@@ -35,7 +35,7 @@ from loratlas.train.reporters import check_reporters
 from loratlas.train.results import RunResult
 from loratlas.train.roles import cast, complete
 from loratlas.train.same_run import same_run
-from loratlas.train.setup import ready
+from loratlas.train.setup import own_order, ready
 from loratlas.train.spec import RunSpec, training_arguments
 from loratlas.train.stop import Stop
 from loratlas.train.watch import Diverged, Watch, WatchedTrainer
@@ -89,11 +89,11 @@ def _run(
     rate = spec.learning_rate or members.rate
     made = ready(spec, members, task, rate)
     arguments = training_arguments(spec, task, rate)
-    rows, order = task.train, None
+    rows, order = task.train, own_order(made.model, len(task.train), arguments)
     if made.beside is not None:
         assert task.forget is not None  # members.lacking has seen to that
         rows = joined(task.train, task.forget, made.beside)
-        order = InTurn(usual_order(task.train, arguments), len(task.train), len(task.forget), spec.seed)
+        order = InTurn(order or usual_order(task.train, arguments), len(task.train), len(task.forget), spec.seed)
     forget = _Forget(made.model, task, arguments)
     watch = Watch(progress, task.metric, stop)
     trainer = WatchedTrainer(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils.data import Sampler
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from loratlas.engine.calibrate import calibrate, needs
@@ -118,6 +119,22 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
         return get_peft_model(model, config)
     except ValueError as error:  # ours are ValueErrors too, and read well as they are
         raise UserError(str(error)) from None
+
+
+def own_order(model: Any, rows: int, arguments: TrainingArguments) -> Sampler[int] | None:
+    """The order in which the adapter's method wants the training rows, see `Method.order`; None: the usual one.
+
+    Raises:
+        UserError: the method has one, and texts of like lengths shall share a batch.
+    """
+    method = getattr(model.base_model, "method", None) if isinstance(model, PeftModel) else None
+    if method is None:
+        return None
+    per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    order = method.order(model.active_peft_config, rows, per_step, arguments.max_steps, arguments.seed)
+    if order is not None and arguments.train_sampling_strategy == "group_by_length":
+        raise UserError(f"{method.name} decides itself which rows a step sees: leave --group-by-length out.")
+    return order
 
 
 def calibrate_for_run(
