@@ -148,9 +148,10 @@ def _recipe(method: str, typed: dict[str, Any], settings: list[str] | None, *, d
 
 def _summary(result: RunResult) -> str:
     share = result.trainable_parameters / result.total_parameters
+    used = "" if result.used_parameters is None else f", of which {result.used_parameters:,} in use at the end"
     lines = [
         f"{result.label}: {result.metric} {result.final:.4f} after {result.steps} steps at learning rate "
-        f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}), "
+        f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}){used}, "
         f"{1000 * result.step_seconds:.0f} ms a step.",
         *result.remarks,
     ]

@@ -75,8 +75,8 @@ class LengthTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        known = self._signature_columns or []
-        self._signature_columns = list(dict.fromkeys([*known, *self.further_columns]))
+        known: Any = self._signature_columns
+        self._signature_columns: Any = list(dict.fromkeys([*(known or ()), *self.further_columns]))
 
 
 def usual_order(rows: Dataset, arguments: TrainingArguments) -> Sampler[int]:

@@ -17,7 +17,7 @@ from loratlas.linalg.shuffles import Shuffles
 
 def joined(rows: Dataset, others: Dataset, name: str) -> Dataset:
     """Both sets with the boolean column `name`, true for `others`."""
-    parts = [part.add_column(name, [part is others] * len(part)) for part in (rows, others)]  # type: ignore[call-arg]
+    parts = [part.add_column(name, [part is others] * len(part)) for part in (rows, others)]
     return concatenate_datasets(parts)
 
 

@@ -74,7 +74,8 @@ def misfits(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
 
 def _idle(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
     """What is wrong with sets of rows that none of `runs` asks for; those that do without stand for comparison."""
-    said = [[text for _, text in cast(spec).idle(vars(task))] for spec in runs.values()]
+    able = [each for each in map(cast, runs.values()) if not any(each.problems())]
+    said = [[text for _, text in each.idle(vars(task))] for each in able]
     return said[0] if said and all(said) else []
 
 

@@ -128,7 +128,9 @@ class Cast:
     @property
     def sets(self) -> dict[str, str]:
         """{set of rows that the run needs beside the training rows: slug of the member that asks for it}."""
-        found = dict.fromkeys(_class(self.objective.system).sets, self.objective.system.slug) if self.objective else {}
+        found: dict[str, str] = {}
+        if self.objective is not None:
+            found |= dict.fromkeys(self.objective.part().sets, self.objective.system.slug)
         if self.adapter is not None and compares(configuration(self.adapter.system, self.adapter.options)):
             found.setdefault(FORGET, self.adapter.system.slug)
         return found

@@ -18,7 +18,7 @@ from loratlas.train.batches import usual_order
 from loratlas.train.beside import InTurn, joined
 from loratlas.train.card import model_card
 from loratlas.train.data import TaskData
-from loratlas.train.facts import facts
+from loratlas.train.facts import facts, used_parameters
 from loratlas.train.measure import measured, own_metrics
 from loratlas.train.output import (
     CHECKPOINTS,
@@ -160,6 +160,7 @@ def _run(
         training_seconds=sum(watch.times),
         shared=shared,
         forget=forget.result(),
+        used_parameters=used_parameters(made.model, known.trainable_parameters),
     )
     write_text(weights / "README.md", model_card(result, members, task))
     write_json(Path(spec.output_dir) / RESULT, result.to_dict())
