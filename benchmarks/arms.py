@@ -39,6 +39,13 @@ class Setting:
     batch: int = 8
     length: int = 128
 
+    def batch_of(self) -> tuple[Tensor, Tensor]:
+        """(ids, goal) of the one batch that all arms see."""
+        generator = torch.Generator().manual_seed(1)
+        size = (self.batch, self.length)
+        ids = torch.randint(0, VOCABULARY, size, generator=generator)
+        return ids, torch.randn(*size, self.width, generator=generator)
+
     def encoder(self) -> BertModel:
         torch.manual_seed(0)
         config = BertConfig(
@@ -103,31 +110,32 @@ class Arm:
 
 
 def make_arm(name: str, setting: Setting, r: int = RANK) -> Arm:
-    """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`.
-
-    A start that follows the data gets its statistics from one batch, the one that trains.
-    """
-    model: Any = setting.encoder()
-    generator = torch.Generator().manual_seed(1)
-    size = (setting.batch, setting.length)
-    ids = torch.randint(0, VOCABULARY, size, generator=generator)
-    goal = torch.randn(*size, setting.width, generator=generator)
+    """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
     if name == "frozen":
         # the floor: a gradient has to travel down to the embeddings, and nothing is updated
-        model.requires_grad_(False)
+        model: Any = setting.encoder().requires_grad_(False)
         model.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
-        return Arm(model, ids, goal)
-    config = _config(name, setting, model, r)
-    if needs(config):
-        calibrate(model, config, Arm(model, ids, goal).loss, steps=1)
-    model = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
+        return Arm(model, *setting.batch_of())
+    model = setting.encoder()
     # growth and search are measured while they go on, which a long run has not left behind when the timing begins
     total = 2 * (EVENTS + 1) if name.startswith("srlora") else LONG
-    arm = Arm(model, ids, goal, optimizer, attach(model, optimizer, total_steps=total))
+    arm = adapted_arm(_config(name, setting, model, r), setting, total, model)
     if name.startswith("srlora"):
         arm.pass_events(total)
     return arm
+
+
+def adapted_arm(config: PeftConfig, setting: Setting, total: int, encoder: BertModel | None = None) -> Arm:
+    """The encoder, a new one unless given, with this adapter, which is told that it trains for `total` steps.
+
+    A start that follows the data gets its statistics from one batch, the one that trains.
+    """
+    model: Any = encoder or setting.encoder()
+    if needs(config):
+        calibrate(model, config, Arm(model, *setting.batch_of()).loss, steps=1)
+    model = get_peft_model(model, config)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
+    return Arm(model, *setting.batch_of(), optimizer, attach(model, optimizer, total_steps=total))
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:

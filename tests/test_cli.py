@@ -233,6 +233,8 @@ def test_export_and_inspect(work: list[str], trained: Path, tmp_path: Path) -> N
     found = json.loads(call("inspect", str(trained), "--json")[1])
     assert found["method"] == "srlora"
     assert len(found["layers"]) == 13
+    assert [event["step"] for event in found["fresh"]] == sorted({event["step"] for event in found["events"]})
+    assert "by age: 1: 1" in " ".join(text.split())
     code, text, _ = call("export", str(trained), "--to", "lora", "--out", str(tmp_path / "lora"))
     assert code == 0
     said = " ".join(text.split())

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from toys import adamw, adapted, config, inputs, train, view, views
+from toys import Toy, adamw, adapted, config, inputs, train, view, views
 
 from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
 from loratlas.adapters.srlora import GRADIENT as GRADIENT_PRESET
@@ -17,6 +19,7 @@ from loratlas.adapters.srlora import SRLora
 from loratlas.catalog import baselines
 from loratlas.engine import sketch
 from loratlas.engine.events import Plan
+from loratlas.engine.factors import accumulate
 from loratlas.engine.layer import joined_factors
 from loratlas.engine.lifecycle import StepContext
 
@@ -264,7 +267,7 @@ def test_the_sketch_finds_the_leading_directions_of_the_gradient() -> None:
     z = torch.zeros(8, 40)
     for part in range(4):
         rows = slice(100 * part, 100 * part + 100)
-        sketch.accumulate(z, g[rows], x[rows], sketch.probe(3, 30, 8, g))
+        accumulate(z, sketch.probe(3, 30, 8, g), g[rows], x[rows])
     kept = torch.randn(3, 40)
     found = sketch.directions(z, 2, kept)
     basis = torch.linalg.qr(kept.T).Q
@@ -282,10 +285,62 @@ def test_only_the_steps_before_an_event_are_looked_into() -> None:
     attach(model, optimizer, total_steps=20)
 
     def look(step: int) -> None:
-        watched.append((step + 1, t.watched))
+        watched.append((step + 1, t.probe is not None))
 
     train(model, inputs(), steps=20, optimizer=optimizer, each=look)
     assert [step for step, on in watched if on] == [3, 4, 7, 8, 11, 12, 15, 16]
+
+
+@pytest.mark.parametrize("fuse_mode", ["difference", "inplace"])
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_every_kind_of_layer_gathers(kind: str, fuse_mode: str) -> None:
+    model = adapted("srlora", kind, init_weights="lora", fuse_mode=fuse_mode, **GRADIENT)
+    train(model, inputs(kind), steps=3, total=20)
+    assert all(t.sketch.any() for t in views(model))
+
+
+def test_a_probe_is_drawn_once_an_event_and_read_from_the_host_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two layers of one size share a draw; in the backward passes there is no random number and no number read."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))
+    model = get_peft_model(net, SRLoraConfig.gradient(target_modules=["0", "1"], r=4, r_target=12, sketch_steps=2))
+    optimizer, draws, drawn = adamw(model), [], sketch.probe
+    monkeypatch.setattr(sketch, "probe", lambda seed, *rest, **like: draws.append(seed) or drawn(seed, *rest, **like))
+    attach(model, optimizer, total_steps=20)
+    for _ in range(20):
+        loss = model(inputs()).square().mean()
+        before = len(draws)
+        with monkeypatch.context() as patched:
+            patched.setattr(Tensor, "__int__", lambda t: pytest.fail("a tensor is read"))
+            patched.setattr(Tensor, "item", lambda t: pytest.fail("a tensor is read"))
+            loss.backward()
+        assert len(draws) == before
+        optimizer.step()
+        optimizer.zero_grad()
+    assert draws == [0, 7919, 2 * 7919, 3 * 7919]
+
+
+@pytest.mark.parametrize("options", [{}, {"sketch_steps": 9}], ids=["some steps", "all steps"])
+@pytest.mark.parametrize("stop", [2, 3, 4, 15])
+def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(
+    stop: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Events after 4, 8, 12 and 16 of 20 steps, gathered in the two steps before or all the time."""
+    cfg = {"init_weights": "lora", "sketch_steps": 2, **GRADIENT, **options}
+    whole = adapted("srlora", **cfg)
+    twin = copy.deepcopy(whole)
+    train(whole, inputs(), steps=20)
+    optimizer = adamw(twin)
+    train(twin, inputs(), steps=stop, total=20, optimizer=optimizer)
+    twin.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(Toy(), tmp_path, is_trainable=True)
+    resumed = adamw(again)
+    resumed.load_state_dict(optimizer.state_dict())
+    train(again, inputs(), steps=20 - stop, optimizer=resumed)
+    for ours, theirs in zip(views(again), views(whole), strict=True):
+        for name in (*SRLora.params, *SRLora.buffers):
+            if (value := getattr(theirs, name)) is not None:
+                assert torch.equal(getattr(ours, name), value), name
 
 
 def test_fresh_pairs_warm_up() -> None:

@@ -9,7 +9,7 @@ from toys import adamw, adapted, inputs, train, view
 
 from loratlas import UserError, attach
 from loratlas.engine.lifecycle import StepContext
-from loratlas.engine.moments import age_correction, treat_moments
+from loratlas.engine.moments import age_correction, fresh_rate, treat_moments
 
 
 def stepped(how: str, dim: int) -> tuple[Tensor, torch.optim.Optimizer, dict[str, Tensor]]:
@@ -96,6 +96,27 @@ def test_moments_through_a_whole_run() -> None:
             assert not state["exp_avg"].index_select(dim, slots).any()
             assert state["exp_avg_sq"].index_select(dim, slots).any() == (how == "mean_v")
             assert state["exp_avg"].any()
+
+
+@pytest.mark.parametrize("how", ["keep", "zero", "corrected", "mean_v"])
+def test_the_rate_of_fresh_slices_is_that_of_adam(how: str) -> None:
+    """Under a gradient that stays what it is, slot 1 against slot 0."""
+    param = torch.nn.Parameter(torch.zeros(2, 3, dtype=torch.float64))
+    optimizer = torch.optim.Adam([param], lr=1e-2, eps=1e-30)
+    born = torch.zeros(2, dtype=torch.int64)
+    for step in range(1, 60):
+        context = StepContext(optimizer, step, 60)
+        param.grad = torch.full((2, 3), 0.3, dtype=torch.float64)
+        before = param.detach().clone()
+        correct = age_correction(param, 0, born, context) if how == "corrected" else (lambda: None)
+        optimizer.step()
+        correct()
+        change = param.detach() - before
+        expected = 1.0 if step <= 20 else fresh_rate(how, step - 20, step, (0.9, 0.999))
+        torch.testing.assert_close(change[1] / change[0], torch.full_like(change[0], expected), rtol=1e-6, atol=0)
+        if step == 20:
+            treat_moments(context, param, 0, torch.tensor([1]), how)
+            born[1] = step
 
 
 def test_corrected_needs_an_adam() -> None:

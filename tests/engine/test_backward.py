@@ -72,6 +72,27 @@ def test_observe_sees_what_the_weights_gradient_is_made_of(kind: str) -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+@pytest.mark.parametrize("start", [False, True])
+def test_a_sketch_is_gathered_beside_the_same_gradients(kind: str, start: bool) -> None:
+    base, op, x = layer(kind)
+    x.requires_grad_()
+    f, weight = factors(op, start=start), op.canonical(base.weight).clone().requires_grad_()
+    y = op.full(base, x, weight)
+    g = torch.randn(y.shape, generator=torch.Generator().manual_seed(4), dtype=y.dtype)
+    (whole,) = torch.autograd.grad(y, weight, g)
+    probe = torch.randn(op.shape[0], 3, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    branches = [lambda f: low_rank_branch(op, x, f)]
+    if kind != "conv2d":
+        branches.append(lambda f: fused_linear(x, op.canonical(base.weight), base.bias, f))
+    for branch in branches:
+        sketch = torch.ones(3, op.shape[1], dtype=torch.float64)
+        wanted = torch.autograd.grad(branch(f), [f.down, f.up, x], g)
+        got = torch.autograd.grad(branch(f._replace(probe=probe, sketch=sketch)), [f.down, f.up, x], g)
+        torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(sketch, 1 + probe.T @ whole, rtol=1e-12, atol=1e-12)
+
+
 def test_under_dropout_both_see_what_the_branch_saw() -> None:
     base, op, x = layer("linear")
     f, seen = factors(op, start=False), []
@@ -83,3 +104,12 @@ def test_under_dropout_both_see_what_the_branch_saw() -> None:
     assert 0.2 < (dropped == 0).double().mean() < 0.8
     torch.testing.assert_close(d_up, (g * SCALE).T @ (dropped @ f.down.T), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(d_down, ((g * SCALE) @ f.up).T @ dropped, rtol=1e-12, atol=1e-12)
+
+
+def test_under_dropout_the_sketch_is_that_of_what_the_branch_saw() -> None:
+    base, op, x = layer("linear")
+    f, seen = factors(op, start=True), []
+    probe, sketch = torch.randn(16, 3, dtype=torch.float64), torch.zeros(3, 12, dtype=torch.float64)
+    watched = f._replace(observe=lambda g, x: seen.append(g.T @ x), probe=probe, sketch=sketch)
+    fused_linear(x, base.weight, base.bias, watched, 0.5).square().sum().backward()
+    torch.testing.assert_close(sketch, probe.T @ seen[0], rtol=1e-12, atol=1e-12)

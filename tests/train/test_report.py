@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from loratlas import UserError
-from loratlas.train import figures, verdict_figures
+from loratlas.train import event_figures, figures, verdict_figures
 from loratlas.train.report import write_report
 from loratlas.train.wording import headings, ranked, row_cells, verdict_line
 
@@ -22,7 +22,7 @@ def run(method: str, label: str, seed: int, final: float, **more: Any) -> dict[s
         "metric": "accuracy",
         "greater_is_better": True,
         "final": final,
-        "history": [{"step": step, "loss": 3.0 / step} for step in steps],
+        "history": [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1 * step} for step in steps],
         "evals": [{"step": 5, "accuracy": final / 2}, {"step": 10, "accuracy": final}],
         "trainable_parameters": 12345,
         "step_seconds": 0.25,
@@ -44,10 +44,13 @@ def verdict(why: str, **more: Any) -> dict[str, Any]:
 def comparison() -> dict[str, Any]:
     event = {"step": 4, "layer": "a.query", "slots": [0, 3], "old_dirs": [0, 3], "new_dirs": [4, 5]}
     later = {**event, "step": 7, "slots": [0], "old_dirs": [4], "new_dirs": [6]}
+    state = {"layer": "a.query", "events": 2, "directions_used": 7, "directions_total": 7}
+    state["slot_directions"] = [6, 1, 2, 5]
+    fresh = [{"step": 4, "ages": [1, 2, 3], "factors": [0.5, 1.0, 1.0]}, {"step": 7, "ages": [1], "factors": [0.5]}]
     runs = [
         run("lora", "LoRA", 0, 0.5),
         run("lora", "LoRA", 1, 0.6),
-        run("srlora", "SR<b>LoRA", 0, 0.7, events=[event, later]),
+        run("srlora", "SR<b>LoRA", 0, 0.7, events=[event, later], recomposition=[state], fresh=fresh),
         run("srlora", "SR<b>LoRA", 1, 0.8, events=[event]),
     ]
     shared = {"trainable_parameters": 12345, "relative_step_time": 1.0, "peak_memory_bytes": 3 * 2**30}
@@ -81,7 +84,7 @@ def test_the_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
     page = path.read_text()
     assert "<script src=" not in page
     assert "<link" not in page
-    assert page.count("<h2>") == 7
+    assert page.count("<h2>") == 9
     assert "<summary>Learning-rate search</summary>" in page
     assert "Winner: SR&lt;b&gt;LoRA (+0.2000 ± 0.0500) beats LoRA." in page
     assert "SR<b>LoRA" not in page.replace("\\u003c", "<!")
@@ -174,6 +177,24 @@ def test_figures_show_what_the_runs_hold() -> None:
     # a block of four slots and a gap for each of the steps 4 and 7; the number is the how-manieth time it is
     assert [list(row) for row in when.z] == [[1, None, None, 1, None, 2, None, None, None, None]]
     assert when.customdata[0][5] == "a.query, slot 0<br>step 7: direction 4 to 6"
+
+
+def test_directions_are_drawn_from_the_start_on() -> None:
+    (heat,) = event_figures.direction_figure(comparison()["runs"][2]).data
+    assert list(heat.x) == [0, 4, 7, 10]
+    assert [list(row) for row in heat.z[:4]] == [[0, 4, 6], [1, 1, 1], [2, 2, 2], [3, 5, 5]]
+    assert heat.customdata[0][1] == "a.query, slot 0, direction 4<br>after steps 4 to 6"
+
+
+def test_events_are_marked_and_fresh_pairs_have_their_rate() -> None:
+    chosen = comparison()["runs"][2]
+    figure = event_figures.event_figure(chosen)
+    assert {shape.x0 for shape in figure.layout.shapes} == {4, 7}
+    rates = {trace.name: trace for trace in figure.data}["of pairs that have started again"]
+    assert list(rates.x) == [5, 6, 7, 7, 8, 8]
+    assert list(rates.y) == [0.25, pytest.approx(0.6), pytest.approx(0.7), None, 0.4, None]
+    plain = event_figures.event_figure({**chosen, "fresh": []})
+    assert {trace.name for trace in plain.data} == {None, "loss, smoothed", "accuracy"}
 
 
 def test_ranks_are_drawn_for_as_long_as_they_lasted(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def test_a_run_learns_and_writes_all_that_it_says(bert: str, reviews: TaskData, 
     assert sum(call[0] == "step" for call in seen.calls) == 60
     names = {f"bert.encoder.layer.{i}.{name}" for i in (0, 1) for name in LAYERS}
     assert {event["layer"] for event in result.events} == {*names, "bert.pooler.dense"}
+    assert {state["layer"] for state in result.recomposition} == {event["layer"] for event in result.events}
+    steps = sorted({event["step"] for event in result.events})
+    assert [event["step"] for event in result.fresh] == steps
+    assert [event["ages"][-1] for event in result.fresh] == [b - a for a, b in itertools.pairwise([*steps, 60])]
     assert result.step_seconds > 0
     assert not (tmp_path / "checkpoints").exists()
 

@@ -21,7 +21,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -65,7 +64,7 @@ class SRLora(LowRankMethod):
     params = pairs.TENSORS
     buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *INTEGERS)
     growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
-    derived = ("folded",)
+    derived = ("folded", "probe")
 
     def shapes(self, cfg: SRLoraConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
         spare = self.r_target(cfg, r, (n_out, n_in)) - r
@@ -134,8 +133,7 @@ class SRLora(LowRankMethod):
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
-        factors = pairs.with_history(t)
-        return factors._replace(observe=partial(self.look, t)) if t.watched else factors
+        return self.looking(t, pairs.with_history(t))
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
         return t.A, t.B
@@ -144,13 +142,17 @@ class SRLora(LowRankMethod):
         folded = t.folded
         if folded is None:
             return None
-        factors = pairs.without_start(t)
-        return folded, factors._replace(observe=partial(self.look, t)) if t.watched else factors
+        return folded, self.looking(t, pairs.without_start(t))
+
+    @staticmethod
+    def looking(t: View, factors: Factors) -> Factors:
+        """`factors` whose backward pass gathers the sketch, where the step to come is one of those that do."""
+        return factors if t.probe is None else factors._replace(probe=t.probe, sketch=t.sketch)
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
-        plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
-        events = max(0, min(plan.events, (total - 1) // plan.interval) - int(t.events)) if plan.events else 0
+        plan = self.plan(t, total_steps)
+        events = max(0, len(plan.steps(t.cfg.total_step or total_steps)) - int(t.events))
         pairs_to_come = plan.per_event * events
         if t.cfg.exhaustion == "stop" and not t.cfg.sketches:
             pairs_to_come = min(pairs_to_come, t.RA.shape[0])
@@ -176,6 +178,8 @@ class SRLora(LowRankMethod):
         check_treatment(ctx, views[0].A, cfg.optimizer_reset)
 
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
+        for t in views:
+            reservoir.forget(t)
         self.watch(views, ctx)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
@@ -210,17 +214,16 @@ class SRLora(LowRankMethod):
         age = (step - born).double()
         return torch.where(born > 0, (age / (warmup + 1)).clamp(max=1.0), torch.ones_like(age))
 
-    def event_at(self, t: View, step: int, total_steps: int) -> bool:
-        """Whether the plan has an event after `step`, as far as numbers known before training say."""
+    def event_steps(self, t: View, total_steps: int) -> range:
+        """The steps after which the plan has an event, as far as numbers known before training say."""
         if t.cfg.sketches and t.op.kind == "embedding":
-            return False  # its input are ids, which have no directions
-        plan, total = self.plan(t, total_steps), t.cfg.total_step or total_steps
-        return plan.events > 0 and step % plan.interval == 0 and step < total
+            return range(0)  # its input are ids, which have no directions
+        return self.plan(t, total_steps).steps(t.cfg.total_step or total_steps)
 
     def due(self, t: View, ctx: StepContext) -> bool:
         # the tensors are read (a synchronisation on GPU) only where the plan has an event
         return (
-            self.event_at(t, ctx.step, ctx.total_steps)
+            ctx.step in self.event_steps(t, ctx.total_steps)
             and int(t.events) < self.plan(t, ctx.total_steps).events
             and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.sketches)
         )
@@ -272,12 +275,15 @@ class SRLora(LowRankMethod):
 
     def watch(self, views: Sequence[View], ctx: StepContext) -> None:
         """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
-        for t in views if views[0].cfg.sketches else ():
-            near = range(ctx.step + 1, ctx.step + 1 + t.cfg.sketch_steps)
-            t.watch(any(self.event_at(t, step, ctx.total_steps) for step in near))
+        if views[0].cfg.sketches:
+            reservoir.watch([(t, self.draw(t, ctx)) for t in views])
 
-    def look(self, t: View, g: Tensor, x: Tensor) -> None:
-        reservoir.look(t, t.cfg.seed + 7919 * int(t.events), g, x)
+    def draw(self, t: View, ctx: StepContext) -> int | None:
+        """Number of the probe for the step to come, from what is known on the host; None: nothing to gather."""
+        events = self.event_steps(t, ctx.total_steps)
+        number = ctx.step // events.step  # of the next event, from 0
+        near = number < len(events) and events[number] - ctx.step <= t.cfg.sketch_steps
+        return t.cfg.seed + 7919 * number if near else None
 
 
 @adapter(SRLora())

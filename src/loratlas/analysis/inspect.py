@@ -11,7 +11,7 @@ from torch import Tensor
 
 from loratlas.analysis.adapter_folder import PREFIX, AdapterFolder, read_adapter
 from loratlas.analysis.ranks import rank_history
-from loratlas.analysis.recomposition import recomposing_layers, recomposition_state, recompositions
+from loratlas.analysis.recomposition import fresh_rates, recomposition_states, recompositions
 from loratlas.analysis.update import layer_updates, method_of, tensor_prefix
 from loratlas.linalg.lowrank import Pair, singular_values
 
@@ -48,8 +48,9 @@ class LayerEntry:
 @dataclass(frozen=True)
 class Inspection:
     """All that `inspect_adapter` finds. file_bytes is the tensors' sum, without the file's header. recomposition has
-    one entry a layer (`recomposition_state`), events one an event and layer (`recompositions`); both are empty for
-    methods that do not recompose. ranks has one entry a layer whose rank moved while training (`rank_history`)."""
+    one entry a layer (`recomposition_state`), events one an event and layer (`recompositions`), fresh one a step with
+    events (`fresh_rates`); all are empty for methods that do not recompose. ranks has one entry a layer whose rank
+    moved while training (`rank_history`)."""
 
     directory: str
     method: str
@@ -65,6 +66,7 @@ class Inspection:
     layers: list[LayerEntry]
     recomposition: list[dict[str, Any]]
     events: list[dict[str, Any]]
+    fresh: list[dict[str, Any]]
     ranks: list[dict[str, Any]]
 
 
@@ -92,8 +94,9 @@ def inspect_adapter(path: str | os.PathLike[str]) -> Inspection:
         file_bytes=sum(entry.bytes for entry in tensors),
         tensors=tensors,
         layers=[_layer(module, now.get(module, rank), update) for module, rank, update in layer_updates(folder)],
-        recomposition=[recomposition_state(folder, layer) for layer in recomposing_layers(folder)],
+        recomposition=recomposition_states(folder),
         events=recompositions(folder),
+        fresh=fresh_rates(folder),
         ranks=ranks,
     )
 

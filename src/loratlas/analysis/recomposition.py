@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from typing import Any
 
@@ -9,7 +10,11 @@ from torch import Tensor
 
 from loratlas.analysis.adapter_folder import AdapterFolder, read_adapter
 from loratlas.analysis.update import layer_tensors
+from loratlas.engine.moments import fresh_rate
 from loratlas.errors import UserError
+
+ADAM = (0.9, 0.999)  # the betas of torch, transformers and of our runs
+_EVERY_AGE = 10  # later ages are thinned out by a tenth each
 
 
 def recompositions(adapter: AdapterFolder | str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -59,3 +64,35 @@ def recomposition_state(folder: AdapterFolder, layer: str) -> dict[str, Any]:
         "directions_total": used + tensors["RA"].shape[0],
         "slot_directions": tensors["slot_dir"].tolist(),
     }
+
+
+def recomposition_states(folder: AdapterFolder) -> list[dict[str, Any]]:
+    """`recomposition_state` of every layer that recomposes, in the order of the file."""
+    return [recomposition_state(folder, layer) for layer in recomposing_layers(folder)]
+
+
+def fresh_rates(folder: AdapterFolder, betas: tuple[float, float] = ADAM) -> list[dict[str, Any]]:
+    """Learning rate of pairs that have started again, over that of the others, after every step with an event.
+
+    Each is {"step", "ages", "factors"}: factors[i] holds ages[i] steps after the event of optimizer step `step`, until
+    the next event of any layer or the end. Nothing is measured: optimizer_reset, the age, Adam's betas and fresh_warmup
+    determine it, see `engine.moments.fresh_rate`. Of other optimizers than Adam it does not speak.
+    """
+    layers = recomposing_layers(folder)
+    events = sorted({step for tensors in layers.values() for step in tensors["log"][:, 0].tolist()})
+    end = max((int(tensors["step"]) for tensors in layers.values()), default=0)
+    how, warmup = folder.config.get("optimizer_reset", "keep"), folder.config.get("fresh_warmup", 0)
+    found = []
+    for step, following in itertools.pairwise([*events, max([end, *events])]):
+        ages = _some_ages(following - step)
+        factors = [min(1.0, age / (warmup + 1)) * fresh_rate(how, age, step + age, betas) for age in ages]
+        found.append({"step": step, "ages": ages, "factors": factors})
+    return found
+
+
+def _some_ages(last: int) -> list[int]:
+    """From 1 to `last`: all the first ones, then ever fewer."""
+    ages = list(range(1, min(last, _EVERY_AGE) + 1))
+    while ages and ages[-1] < last:
+        ages.append(min(last, ages[-1] + max(1, ages[-1] // 10)))
+    return ages

@@ -31,6 +31,7 @@ loratlas inspect path/to/any/peft/adapter --json
 
 _BARS = "▁▂▃▄▅▆▇█"
 _SPECTRUM = 12  # singular values drawn a layer: what fits a line
+_AGES = (1, 2, 3, 4, 5, 10)  # of fresh pairs, likewise
 _MOMENTS = 20  # of a run, likewise
 
 
@@ -211,12 +212,24 @@ def _recomposition(found: Inspection) -> Table:
     table.add_column("module", overflow="fold")
     table.add_column("events", justify="right", no_wrap=True)
     table.add_column("directions\nused", justify="right")
+    table.add_column("after steps", overflow="fold")
     table.add_column("slots", overflow="fold")
+    table.caption = _fresh(found)
     for state in found.recomposition:
+        steps = [str(event["step"]) for event in found.events if event["layer"] == state["layer"]]
         used = f"{state['directions_used']} of {state['directions_total']}"
         slots = " ".join(map(str, state["slot_directions"]))
-        table.add_row(escape(state["layer"]), str(state["events"]), used, slots)
+        table.add_row(escape(state["layer"]), str(state["events"]), used, " ".join(steps) or "-", slots)
     return table
+
+
+def _fresh(found: Inspection) -> str | None:
+    """The learning rate of fresh pairs in the first steps after the last event."""
+    if not found.fresh or not found.fresh[-1]["ages"]:
+        return None
+    ages, factors = found.fresh[-1]["ages"], found.fresh[-1]["factors"]
+    shown = "  ".join(f"{age}: {factor:.2g}" for age, factor in zip(ages, factors, strict=True) if age in _AGES)
+    return f"Under Adam, pairs that start again move with this multiple of the others' learning rate, by age: {shown}"
 
 
 def _table(title: str) -> Table:

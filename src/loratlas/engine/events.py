@@ -26,3 +26,9 @@ class Plan(NamedTuple):
             return cls(per_event, 0, 0)
         parts = events if schedule == "paper" else events + 1
         return cls(per_event, events, max(1, total_steps // parts))
+
+    def steps(self, total_steps: int) -> range:
+        """The steps after which the plan has an event, in a run of `total_steps`; never the last one."""
+        if not self.events:
+            return range(0)
+        return range(self.interval, min(self.events * self.interval + 1, total_steps), self.interval)

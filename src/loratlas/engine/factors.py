@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -23,12 +24,14 @@ class Factors(NamedTuple):
     (out, f), start_down: (k, in) and start_up: (out, k) do not. All in the adapter's dtype, in which the differences
     are taken: in bf16 the difference of two close factors would be noise.
 
-    Two things concern the backward pass alone, where g (tokens, out) is the gradient of the layer's output and x
+    Three things concern the backward pass alone, where g (tokens, out) is the gradient of the layer's output and x
     (tokens, in) the input of the branch, after dropout:
 
         row_scale: (out,), no gradient; down and up get their gradients from g * row_scale, x gets its own from g.
         observe: called with (g, x), for what a method wants to know of dL/dW = g^T x without having it as a whole. It
             runs once a backward pass and must not change either.
+        probe, sketch: (out, k), (k, in): (g probe)^T x is added to `sketch`, in the same passes over g and x in which
+            the factors get their gradients.
     """
 
     down: Tensor
@@ -39,6 +42,8 @@ class Factors(NamedTuple):
     start_up: Tensor | None = None
     row_scale: Tensor | None = None
     observe: Callable[[Tensor, Tensor], None] | None = None
+    probe: Tensor | None = None
+    sketch: Tensor | None = None
 
     def blocks(self) -> tuple[list[Tensor], list[Tensor]]:
         """(downs, ups): the update is the sum of up @ down over both lists."""
@@ -50,10 +55,23 @@ class Factors(NamedTuple):
             ups.append(self.frozen_up)
         return downs, ups
 
+    def observers(self) -> list[Callable[[Tensor, Tensor], None]]:
+        """What looks at (g, x) in the backward pass: `observe`, and the sketch by its plain formula."""
+        watching = [] if self.observe is None else [self.observe]
+        if self.probe is not None and self.sketch is not None:
+            watching.append(partial(accumulate, self.sketch, self.probe))
+        return watching
+
     def joined(self) -> tuple[Tensor, Tensor]:
         """(down, up) of the whole update, all blocks beside each other."""
         downs, ups = self.blocks()
         return (downs[0], ups[0]) if len(downs) == 1 else (torch.cat(downs), torch.cat(ups, dim=1))
+
+
+@torch.no_grad()
+def accumulate(sketch: Tensor, probe: Tensor, g: Tensor, x: Tensor) -> None:
+    """sketch += (g probe)^T x for g (tokens, out), x (tokens, in), probe (out, k); sketch: (k, in)."""
+    sketch.add_(((g @ probe.to(g)).T @ x).to(sketch.dtype))
 
 
 def low_rank_branch(op: Op, x: Tensor, factors: Factors) -> Tensor:
@@ -65,7 +83,11 @@ def low_rank_branch(op: Op, x: Tensor, factors: Factors) -> Tensor:
         # the value is that of the first term, the second is zero: x meets unscaled gradients, the factors scaled ones
         train = op.low_rank(x.detach(), down, up)
         y = op.low_rank(x, down.detach(), up.detach()) + (op.scale_gradient(train, factors.row_scale) - train.detach())
-    if factors.observe is not None and y.requires_grad:
-        rows, watch = op.rows(x.detach()), factors.observe
-        y.register_hook(lambda g: watch(op.output_rows(g), rows))
+    for watch in factors.observers() if y.requires_grad else ():
+        _hook(op, x, y, watch)
     return y
+
+
+def _hook(op: Op, x: Tensor, y: Tensor, watch: Callable[[Tensor, Tensor], None]) -> None:
+    rows = op.rows(x.detach())
+    y.register_hook(lambda g: watch(op.output_rows(g), rows))

@@ -13,6 +13,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig
+from loratlas.engine.factors import low_rank_branch
 from loratlas.engine.fused import can_fuse, fused_linear, has_hooks
 from loratlas.engine.making import Making
 from loratlas.engine.method import LowRankMethod, View
@@ -64,7 +65,6 @@ class AtlasLayer(nn.Module, Making):
         self._disable_adapters = False
         self._untouched = None
         self.statistics: dict[str, Tensor] = {}
-        self.watched: set[str] = set()  # adapters whose method looks into the backward pass now; set anew every step
         self.register_load_state_dict_pre_hook(_grow_before_load)
         self.register_load_state_dict_post_hook(_derive_after_load)
 
@@ -146,7 +146,7 @@ class AtlasLayer(nn.Module, Making):
             return None
         weight, factors = working
         y = self.op.full(base, x, weight)
-        return y + self.op.low_rank(self._dropped(x, view.cfg), *factors.joined()).to(y.dtype)
+        return y + low_rank_branch(self.op, self._dropped(x, view.cfg), factors).to(y.dtype)
 
     def _dropped(self, x: Tensor, config: AtlasConfig) -> Tensor:
         if config.lora_dropout == 0.0 or not self.training or not self.op.takes_dropout:

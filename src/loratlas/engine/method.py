@@ -65,15 +65,6 @@ class View:
         # BufferDict has no `get`
         return store[self.adapter] if self.adapter in store else None  # noqa: SIM401
 
-    @property
-    def watched(self) -> bool:
-        """Whether `factors` should ask for `observe`: what `watch` said last. Not saved, so `begin` has to say it."""
-        return self.adapter in self.layer.watched
-
-    def watch(self, on: bool) -> None:
-        """Remember on the host, where reading it costs nothing, that the coming backward passes are looked into."""
-        (self.layer.watched.add if on else self.layer.watched.discard)(self.adapter)
-
     def shrink(self, r: int) -> None:
         """Make the tensors anew, all zeros, at the smaller rank r. Only in `init` of a method that chooses its rank."""
         self.layer.allocate(self.adapter, self.cfg, r, self.layer.atlas_alpha[self.adapter])

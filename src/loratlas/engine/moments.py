@@ -102,6 +102,22 @@ def age_correction(param: Tensor, dim: int, born: Tensor, ctx: StepContext) -> C
     return correct
 
 
+def fresh_rate(how: str, age: int, step: int, betas: tuple[float, float]) -> float:
+    """How far Adam moves a slice `age` steps after `treat_moments`, over how far it moves one that was left alone.
+
+    For gradients that are the same in every step and alike in size in both, and eps = 0; the noise of gradients apart,
+    it is the learning rate of the fresh slice as a multiple of the others'. With age k, the optimizer's step count t:
+
+        keep, corrected: 1      zero: (1 - beta1^k) / (1 - beta1^t) * sqrt((1 - beta2^t) / (1 - beta2^k))
+                                mean_v: (1 - beta1^k) / (1 - beta1^t)
+    """
+    if how in ("keep", "corrected"):
+        return 1.0
+    beta1, beta2 = betas
+    first = (1 - beta1**age) / (1 - beta1**step)
+    return first if how == "mean_v" else first * ((1 - beta2**step) / (1 - beta2**age)) ** 0.5
+
+
 def slot_rates(params: Sequence[tuple[Tensor, int, Tensor]]) -> Callable[[], None]:
     """Call before the step; the returned function, called after it, multiplies the change of every slice by a factor.
 

@@ -8,6 +8,9 @@ average, 3^(-1/2).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,10 +43,27 @@ def take(t: View, count: int) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-@torch.no_grad()
-def look(t: View, draw: int, g: Tensor, x: Tensor) -> None:
-    """Gather from one backward pass; `draw` numbers the probe, which all steps before an event share."""
-    sketch.accumulate(t.sketch, g, x, sketch.probe(draw, g.shape[1], len(t.sketch), g))
+def watch(draws: Sequence[tuple[View, int | None]]) -> None:
+    """Let layers gather in the backward passes to come, each with the probe of this number; None: let it not.
+
+    A probe is drawn once for all layers of a size and stays until `sketched`. It is a derived tensor: never saved,
+    drawn again from its number by a run that goes on.
+    """
+    drawn: dict[tuple[Any, ...], Tensor] = {}
+    for t, number in draws:
+        if number is None:
+            forget(t)
+        elif t.probe is None:
+            of = number, t.op.shape[0], len(t.sketch), t.sketch.device
+            if of not in drawn:
+                drawn[of] = sketch.probe(*of[:3], like=t.sketch)
+            t.layer.store("probe")[t.adapter] = drawn[of]
+
+
+def forget(t: View) -> None:
+    """Take the layer's probe away."""
+    if t.probe is not None:
+        del t.layer.store("probe")[t.adapter]
 
 
 def sketched(t: View, slots: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,4 +71,5 @@ def sketched(t: View, slots: Tensor) -> tuple[Tensor, Tensor]:
     stays = torch.ones(len(t.A), dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
     rows = sketch.directions(t.sketch, len(slots), whole(t.A)[stays])
     t.sketch.zero_()
+    forget(t)
     return rows * LENGTH, torch.zeros_like(whole(t.B)[:, slots])

@@ -5,7 +5,8 @@ With g (tokens, out) and x (tokens, in) of a backward pass, dL/dW = g^T x. A ran
     Z = P^T dL/dW = (g P)^T x      (k, in),  summed over the batches of a few steps
 
 whose row space is close to the leading right singular space of dL/dW when k is a little more than the number of
-directions that are wanted (Halko, Martinsson, Tropp 2011, section 4). No (out, in) matrix is ever formed.
+directions that are wanted (Halko, Martinsson, Tropp 2011, section 4). No (out, in) matrix is ever formed; the layers'
+backward pass gathers it (`probe` and `sketch` of `engine.factors.Factors`).
 """
 
 from __future__ import annotations
@@ -22,11 +23,6 @@ def probe(seed: int, width: int, k: int, like: Tensor) -> Tensor:
     """P (width, k), standard normal, the same on all ranks."""
     drawn = torch.randn(width, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
     return drawn.to(device=like.device, dtype=like.dtype)
-
-
-def accumulate(sketch: Tensor, g: Tensor, x: Tensor, random: Tensor) -> None:
-    """Z += (g P)^T x for g (tokens, out), x (tokens, in), P = `random` (out, k); sketch: (k, in)."""
-    sketch.add_(((g @ random).T @ x).to(sketch.dtype))
 
 
 def directions(sketch: Tensor, count: int, kept: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ def loss_figure(runs: Sequence[Run]) -> go.Figure:
     """Training loss over steps: every seed faint, the smoothed mean over seeds strong."""
     figure = go.Figure()
     for index, (label, group) in enumerate(method_groups(runs).items()):
-        curves = [_points(run["history"], "loss") for run in group]
+        curves = [points(run["history"], "loss") for run in group]
         for curve in curves:
-            steps, losses = _columns(curve)
+            steps, losses = columns(curve)
             line = {"color": color(index), "width": 1}
             figure.add_scatter(x=steps, y=losses, line=line, opacity=0.25, hoverinfo="skip", **_member(label))
         steps, mean, _, _ = _across_seeds(curves)
@@ -68,7 +68,7 @@ def metric_figure(runs: Sequence[Run], baseline: str) -> go.Figure:
     figure = go.Figure()
     metric = str(runs[0]["metric"])
     for index, (label, group) in enumerate(method_groups(runs).items()):
-        steps, mean, low, high = _across_seeds([_points(run["evals"], metric) for run in group])
+        steps, mean, low, high = _across_seeds([points(run["evals"], metric) for run in group])
         if len(group) > 1:
             figure.add_scatter(
                 x=[*steps, *reversed(steps)],
@@ -151,7 +151,7 @@ def recomposition_figure(run: Run) -> go.Figure:
     bar = {"title": {"text": "times"}, "thickness": 12, "tickformat": "d", "dtick": 1}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, showgrid=False, tickmode="array")
-    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=_without_common_start(layers))
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=without_common_start(layers))
     figure.update_yaxes(ticks="", col=2)
     figure.update_xaxes(showgrid=False, tickangle=0, tickmode="array")
     figure.update_xaxes(title_text="slot", **_ticks(list(slots), 1, 0), col=1)
@@ -173,7 +173,7 @@ def rank_figure(run: Run) -> go.Figure:
     bar = {"title": {"text": "rank"}, "thickness": 12, "tickformat": "d"}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
     figure.update_yaxes(autorange="reversed", tickfont={"size": 11}, showgrid=False, tickmode="array")
-    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=_without_common_start(layers))
+    figure.update_yaxes(tickvals=list(range(len(layers))), ticktext=without_common_start(layers))
     figure.update_xaxes(showgrid=False)
     return figure
 
@@ -200,7 +200,7 @@ def _ticks(labels: Sequence[int], distance: int, first: int) -> dict[str, Any]:
     return {"tickvals": [first + i * distance for i in shown], "ticktext": [str(labels[i]) for i in shown]}
 
 
-def _without_common_start(names: Sequence[str]) -> list[str]:
+def without_common_start(names: Sequence[str]) -> list[str]:
     """The dotted names without the parts that they all begin with, for HTML."""
     parts = [name.split(".") for name in names]
     first, last = min(parts), max(parts)  # what these two share, all share
@@ -208,11 +208,11 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
     return [html.escape(".".join(each[same:])) for each in parts]
 
 
-def _points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
+def points(rows: Sequence[dict[str, Any]], name: str) -> list[Point]:
     return [(row["step"], row[name]) for row in rows if row.get(name) is not None]
 
 
-def _columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
+def columns(points: Sequence[Point]) -> tuple[list[int], list[float]]:
     return [step for step, _ in points], [value for _, value in points]
 
 

@@ -21,6 +21,14 @@ _RECOMPOSED = (
     "Pairs (slots) that were fused into the frozen part and started again on a new direction of W: left how often in "
     "all, right which of them at which step, coloured by how often it was by then. Point at a field for the directions."
 )
+_DIRECTIONS = (
+    "One line a slot, layer below layer, from the start of the run to its end, coloured by the number of the direction "
+    "that it carries: a singular direction of W where pairs start again on those, else a running number."
+)
+_EVENTS = (
+    "Dotted: the steps after which pairs start again. Below, the learning rate with which they then move, with their "
+    "warm-up and Adam's young moments, beside that of the others; it follows from the options and is not measured."
+)
 _RANKS = "Training decides which layers get rank and when. Left to right: the steps of the run; the brighter, the more."
 _RUN_TITLES = ("method", "seed", "learning rate", "batch size", "steps", "result", "seconds", "set-up", "options")
 
@@ -40,8 +48,9 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
         command: the command line that produced it.
 
     The page holds the leaderboard with its verdict, differences to the baseline, loss and metric curves, costs, the
-    learning-rate search, heat maps of recompositions for runs that carry `events` and of ranks over time for those that
-    carry `ranks`, the command that produced it, versions and notes. It loads nothing: plotly is inside.
+    learning-rate search, the command that produced it, versions and notes; for runs that carry `events` also heat maps
+    of recompositions, directions over time and the curves around the events, and ranks over time for those that carry
+    `ranks`. It loads nothing: plotly is inside.
 
     Raises:
         UserError: plotly is not installed, or the comparison has no runs.
@@ -49,7 +58,7 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
     check_plotly()
     from plotly.io import to_html
 
-    from loratlas.train import figures, verdict_figures
+    from loratlas.train import event_figures, figures, verdict_figures
 
     runs = comparison["runs"]
     if not runs:
@@ -62,6 +71,8 @@ def write_report(comparison: dict[str, Any], path: str | os.PathLike[str], comma
         Picture(_metric_title(runs), _metric_hint(runs), figures.metric_figure(runs, comparison["baseline"])),
         Picture("Result and cost", "Means over seeds.", figures.cost_figure(runs)),
         *_moved(runs, "events", "Recomposed pairs", _RECOMPOSED, figures.recomposition_figure),
+        *_moved(runs, "recomposition", "Directions over time", _DIRECTIONS, event_figures.direction_figure),
+        *_moved(runs, "events", "Around the events", _EVENTS, event_figures.event_figure),
         *_moved(runs, "ranks", "Rank of each layer", _RANKS, figures.rank_figure),
     ]
     if comparison["search_runs"]:
@@ -161,7 +172,7 @@ def _moved(runs: Sequence[Run], field: str, title: str, hint: str, draw: Any) ->
     """One picture for each method whose runs carry `field`; the first seed stands for all."""
     shown: dict[str, Run] = {}
     for run in runs:
-        if run.get(field):
+        if run.get(field) and (field != "recomposition" or run.get("events")):
             shown.setdefault(run["label"], run)
     return [Picture(f"{title}: {label}, seed {run['seed']}", hint, draw(run)) for label, run in shown.items()]
 

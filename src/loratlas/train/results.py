@@ -29,6 +29,7 @@ class RunResult:
         setup_seconds: time of making the adapter, with the calibration pass of methods that need one.
         peak_memory_bytes: of set-up and training, see `memory`; None where it is not known.
         events: recompositions of the adapter (see `analysis.recomposition`), empty for most methods.
+        recomposition: where each layer stands then. fresh: the learning rate of pairs that have just started again.
         ranks: how the rank of each layer moved (see `analysis.ranks`), empty for most methods.
         diverged_at: step whose loss or gradient was not finite, None if all went well.
         adapter_dir: the trained adapter, as PEFT saves it; empty where it was not kept.
@@ -69,6 +70,8 @@ class RunResult:
     remarks: list[str] = field(default_factory=list)
     setup_seconds: float = 0.0
     events: list[dict[str, Any]] = field(default_factory=list)
+    recomposition: list[dict[str, Any]] = field(default_factory=list)
+    fresh: list[dict[str, Any]] = field(default_factory=list)
     ranks: list[dict[str, Any]] = field(default_factory=list)
     diverged_at: int | None = None
     adapted_modules: int = 0

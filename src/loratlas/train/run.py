@@ -10,8 +10,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from loratlas.analysis.adapter_folder import read_adapter
 from loratlas.analysis.ranks import rank_history
-from loratlas.analysis.recomposition import recompositions
+from loratlas.analysis.recomposition import fresh_rates, recomposition_states, recompositions
 from loratlas.files import recover, write_json, write_text
 from loratlas.lock import locked
 from loratlas.train.batches import usual_order
@@ -149,8 +150,7 @@ def _run(
         peak_memory_bytes=made.memory.bytes(),
         adapter_dir=str(weights) if members.adapter else "",
         model_dir="" if members.adapter else str(weights),
-        events=recompositions(weights) if members.adapter else [],
-        ranks=rank_history(weights) if members.adapter else [],
+        **(_moves(weights, adam=members.optimizer is None) if members.adapter else {}),
         diverged_at=diverged,
         remarks=made.remarks(),
         adapted_modules=known.modules,
@@ -185,6 +185,17 @@ class _Forget:
         if self._task.forget is None:
             return None
         return {"rows": len(self._task.forget), "before": self._before, "after": self._loss()}
+
+
+def _moves(weights: Path, *, adam: bool) -> dict[str, Any]:
+    """What the adapter's own logs say of its training; `fresh` speaks of Adam, which trains where nothing is named."""
+    folder = read_adapter(weights)
+    return {
+        "events": recompositions(folder),
+        "recomposition": recomposition_states(folder),
+        "fresh": fresh_rates(folder) if adam else [],
+        "ranks": rank_history(folder),
+    }
 
 
 def _evaluated(trainer: WatchedTrainer) -> list[dict[str, float]]:
