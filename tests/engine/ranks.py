@@ -106,6 +106,9 @@ class Rank:
             # with r=1 the second rank has no row of A at all; with r=3 the history outgrows the layer and is packed
             self.run(f"{setup}-one", setup, r=1, r_target=5, optimizer_reset="corrected")
             self.run(f"{setup}-packed", setup, r=3, steps=10)
+        sketched = {"init_weights": "lora", "optimizer_reset": "corrected", "fresh_warmup": 2}
+        for setup in ("ddp", "fsdp"):
+            self.run(f"{setup}-gradient", setup, reservoir="gradient", select="oldest", **sketched)
         self.run("ddp-inplace", "ddp", fuse_mode="inplace")
         self.run("single", "single")
         self.run("hsdp", "hsdp")

@@ -200,6 +200,7 @@ class SRLora(LowRankMethod):
     def after_step(self, views: Sequence[View], ctx: StepContext) -> None:
         for correct in ctx.scratch[self]:
             correct()
+        reservoir.share(views)
         due = [t for t in views if self.due(t, ctx)]
         if due:
             lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from loratlas.engine import sketch
 from loratlas.engine.method import View
-from loratlas.engine.sharded import whole
+from loratlas.engine.sharded import averaged, several_ranks, whole
 
 BUFFERS = ("RA", "RB", "sketch")
 GROWING = ("RA", "RB")
@@ -58,6 +58,19 @@ def watch(draws: Sequence[tuple[View, int | None]]) -> None:
             if of not in drawn:
                 drawn[of] = sketch.probe(*of[:3], like=t.sketch)
             t.layer.store("probe")[t.adapter] = drawn[of]
+
+
+def share(views: Sequence[View]) -> None:
+    """Let all ranks have the mean of what they have gathered; call it after every step that gathers.
+
+    Not at the event alone: DistributedDataParallel overwrites buffers with those of rank 0 in the next forward, and a
+    checkpoint has one rank's.
+    """
+    gathered = [t.sketch for t in views if t.probe is not None]
+    if gathered and several_ranks():
+        means = averaged(torch.cat([own.flatten() for own in gathered])).split([own.numel() for own in gathered])
+        for own, mean in zip(gathered, means, strict=True):
+            own.copy_(mean.view_as(own))
 
 
 def forget(t: View) -> None:

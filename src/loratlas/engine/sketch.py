@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from loratlas.engine.sharded import from_rank0, several_ranks
+from loratlas.engine.sharded import from_rank0
 
 OVERSAMPLING = 4
 
@@ -28,12 +28,9 @@ def probe(seed: int, width: int, k: int, like: Tensor) -> Tensor:
 def directions(sketch: Tensor, count: int, kept: Tensor) -> Tensor:
     """`count` orthonormal rows (count, in): the leading row space of the sketch outside that of `kept` (k, in).
 
-    Ranks of a distributed run add up their sketches and agree on the result. Where the sketch is empty or not finite,
+    Ranks of a distributed run agree on the result. Where the sketch is empty or not finite,
     or has fewer directions, random ones take their place.
     """
-    if several_ranks():
-        sketch = sketch.clone()
-        torch.distributed.all_reduce(sketch)
     if not bool(torch.isfinite(sketch).all()):
         sketch = torch.zeros_like(sketch)
     size = torch.linalg.vector_norm(sketch)

@@ -40,8 +40,8 @@ def direction_figure(run: Run) -> go.Figure:
         told.append([""] * len(edges[1:]))
     hover: dict[str, Any] = {"customdata": told, "hovertemplate": "%{customdata}<extra></extra>", "hoverongaps": False}
     figure = go.Figure(go.Heatmap(x=edges, z=numbers, coloraxis="coloraxis", **hover))
-    high = max(2, min(9, _TALLEST // len(numbers)))
-    styled(figure, "step", None, height=150 + max(high * len(numbers), 14 * len(layers)))
+    line = max(2, min(9, _TALLEST // len(numbers)))
+    styled(figure, "step", None, height=150 + max(line * len(numbers), 14 * len(layers)))
     short = {"lenmode": "pixels", "len": 300, "y": 1, "yanchor": "top"}
     bar = {"title": {"text": "direction"}, "thickness": 12, "tickformat": "d", **short}
     figure.update_layout(coloraxis={"colorscale": "Viridis", "cmin": 0, "colorbar": bar})
