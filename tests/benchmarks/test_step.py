@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a script by its path; what it imports from its own folder is forgotten afterwards."""
     known, threads = set(sys.modules), torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def script(path: str) -> Any:
+        monkeypatch.syspath_prepend(str((ROOT / path).parent))
         spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
         assert spec is not None
         assert spec.loader is not None
@@ -31,7 +31,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield script
     torch.set_num_threads(threads)
-    for name in {"arms", "paired", "step"} - known:
+    for name in {"arms", "paired", "step", "curves", "markdown_table"} - known:
         sys.modules.pop(name, None)
 
 
@@ -53,9 +53,9 @@ def test_a_quick_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(len(fp32["arms"][name]["event_seconds"]) == 6 for name in ("srlora", "srlora-inplace"))
     assert bf16["arms"]["lora"]["saved_bytes"] < bf16["arms"]["peft"]["saved_bytes"]
 
-    hooks = load("docs/hooks.py")
-    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
-    page = hooks.results("step")
+    site = load("docs/results.py")
+    monkeypatch.setattr(site, "RESULTS", tmp_path)
+    page = site.results("step")
     assert all(bar["claim"] in page for bar in found["bars"])
 
 
