@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import small
 
-from loratlas import DiffoRAConfig, UserError
+from loratlas import DiffoRAConfig
 from loratlas.adapters.search_data import SearchSampler
+from loratlas.train.batches import text_lengths
 from loratlas.train.data import TaskData, load_task
 from loratlas.train.progress import Progress
 from loratlas.train.run import RunSpec, run
@@ -69,6 +70,14 @@ def test_it_goes_on_exactly(bert: str, task: TaskData, tmp_path: Path, at: int) 
     assert whole.read_bytes() == cut.read_bytes()
 
 
-def test_batches_of_like_lengths_have_no_place_there(bert: str, task: TaskData, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="diffora decides itself which rows a step sees: leave --group-by-length out"):
-        run(spec(bert, tmp_path / "run", group_by_length=True), task)
+def test_rows_of_a_step_have_like_lengths_where_asked(bert: str, task: TaskData, tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def watching(rows: list[dict[str, Any]]) -> Any:
+        seen.extend(len(row["input_ids"]) for row in rows)
+        return task.collator(rows)
+
+    run(spec(bert, tmp_path / "run", group_by_length=True), replace(task, collator=watching))
+    lengths = text_lengths(task.train)
+    order = list(SearchSampler(len(lengths), 6, 9, DiffoRAConfig(**OPTIONS), seed=5, lengths=lengths))
+    assert seen[: len(order)] == [lengths[row] for row in order]

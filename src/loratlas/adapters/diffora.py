@@ -69,8 +69,16 @@ class DiffoRA(LowRankMethod):
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def order(self, cfg: DiffoRAConfig, rows: int, per_step: int, total_steps: int, seed: int) -> SearchSampler:
-        return SearchSampler(rows, per_step, total_steps, cfg, seed=seed)
+    def order(
+        self,
+        cfg: DiffoRAConfig,
+        rows: int,
+        per_step: int,
+        total_steps: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+    ) -> SearchSampler:
+        return SearchSampler(rows, per_step, total_steps, cfg, seed=seed, lengths=lengths)
 
     def check_training(self, views: Sequence[View], ctx: StepContext) -> None:
         if not ctx.total_steps:

@@ -9,7 +9,7 @@ seen, as transformers' Trainer does. `loratlas train` goes through its rows like
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from loratlas.errors import UserError
+from loratlas.linalg.shuffles import by_length
 
 if TYPE_CHECKING:
     from loratlas.adapters.diffora import DiffoRAConfig
@@ -47,13 +48,23 @@ class SearchSampler(Sampler[int]):
         per_step: rows of one optimizer step, of all accumulated batches and of all ranks together.
         total_steps: optimizer steps of the run.
         config: says how long the search takes, and which share of the rows its steps of the weights see.
+        lengths: of the rows; those of a step then have like ones, and what is left over of an epoch waits for the next.
 
     Raises:
         UserError: fewer than two rows, or a share that leaves a half empty.
     """
 
-    def __init__(self, rows: int, per_step: int, total_steps: int, config: DiffoRAConfig, seed: int = 0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        per_step: int,
+        total_steps: int,
+        config: DiffoRAConfig,
+        seed: int = 0,
+        lengths: Sequence[int] | None = None,
+    ) -> None:
         self.per_step, self.total_steps = per_step, total_steps
+        self.lengths = None if lengths is None else torch.as_tensor(lengths)
         self.plan = plan_of(config, total_steps)
         self.seed = seed
         order = torch.randperm(rows, generator=self._generator(0))
@@ -79,8 +90,11 @@ class SearchSampler(Sampler[int]):
 
     def _endless(self, rows: Tensor, number: int) -> Iterator[int]:
         generator = self._generator(number)
-        while True:
+        while self.lengths is None or len(rows) < self.per_step:
             yield from rows[torch.randperm(len(rows), generator=generator)].tolist()
+        while True:
+            for batch in by_length(rows, self.lengths, self.per_step, generator)[: len(rows) // self.per_step]:
+                yield from batch.tolist()
 
     def _generator(self, number: int) -> torch.Generator:
         return torch.Generator().manual_seed(4 * self.seed + number)

@@ -142,11 +142,14 @@ class Method:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
 
-    def order(self, cfg: Any, rows: int, per_step: int, total_steps: int, seed: int) -> Sampler[int] | None:
+    def order(
+        self, cfg: Any, rows: int, per_step: int, total_steps: int, seed: int, lengths: Sequence[int] | None = None
+    ) -> Sampler[int] | None:
         """The numbers of the `rows` training rows in the order in which optimizer steps use them, all steps in one go.
 
         For methods whose steps see different parts of the data; None: the usual shuffled epochs. per_step: rows of one
-        step, of all its batches and ranks. The result may depend on nothing but the arguments.
+        step, of all its batches and ranks. lengths: of the rows, if those of a step shall have like ones. The result
+        may depend on nothing but the arguments.
         """
         return None
 

@@ -13,16 +13,15 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainingArguments
 
 from loratlas.errors import UserError
+from loratlas.linalg.shuffles import by_length
 
-_SPAN = 50  # batches that are sorted together: enough for like lengths, few enough for other company in every epoch
 _COLUMN = "input_ids"
 
 
 class ByLength(Sampler[int]):
-    """Row numbers such that every `batch_size` of them have like lengths, the batches in random order.
+    """Row numbers such that every `batch_size` of them have like lengths, the batches in random order (`by_length`).
 
-    The rows are permuted, sorted by length 50 batches at a time, and the batches of each 50 are permuted. A pure
-    function of lengths, seed and epoch. (LengthGroupedSampler of transformers leaves the batches sorted, so that
+    A pure function of lengths, seed and epoch. (LengthGroupedSampler of transformers leaves the batches sorted, so that
     training goes through long and then short texts again and again, and draws from the global random state, so that a
     resumed run would see other batches.)
 
@@ -41,17 +40,8 @@ class ByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        rows = torch.randperm(len(self.lengths), generator=generator)
-        rest: list[int] = []  # the last batch of an epoch may be shorter, and stays the last
-        for span in rows.split(_SPAN * self.batch_size):
-            batches = span[self.lengths[span].argsort(stable=True)].split(self.batch_size)
-            for at in torch.randperm(len(batches), generator=generator).tolist():
-                batch = batches[at].tolist()
-                if len(batch) < self.batch_size:
-                    rest = batch
-                else:
-                    yield from batch
-        yield from rest
+        for batch in by_length(torch.arange(len(self.lengths)), self.lengths, self.batch_size, generator):
+            yield from batch.tolist()
 
 
 class LengthTrainer(Trainer):

@@ -90,7 +90,7 @@ def _run(
     rate = spec.learning_rate or members.rate
     made = ready(spec, members, task, rate)
     arguments = training_arguments(spec, task, rate)
-    rows, order = task.train, own_order(made.model, len(task.train), arguments)
+    rows, order = task.train, own_order(made.model, task.train, arguments)
     if made.beside is not None:
         assert task.forget is not None  # members.lacking has seen to that
         rows = joined(task.train, task.forget, made.beside)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.utils.data import Sampler
@@ -19,7 +20,7 @@ from loratlas.engine.method import RELATIVE_FISHER
 from loratlas.engine.parts import Objective
 from loratlas.engine.relative_fisher import relative_fisher
 from loratlas.errors import UserError
-from loratlas.train.batches import LengthTrainer
+from loratlas.train.batches import LengthTrainer, text_lengths
 from loratlas.train.data import TaskData
 from loratlas.train.memory import PeakMemory
 from loratlas.train.methods import build_config, option_values
@@ -121,20 +122,14 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
         raise UserError(str(error)) from None
 
 
-def own_order(model: Any, rows: int, arguments: TrainingArguments) -> Sampler[int] | None:
-    """The order in which the adapter's method wants the training rows, see `Method.order`; None: the usual one.
-
-    Raises:
-        UserError: the method has one, and texts of like lengths shall share a batch.
-    """
+def own_order(model: Any, rows: Dataset, arguments: TrainingArguments) -> Sampler[int] | None:
+    """The order in which the adapter's method wants the training rows, see `Method.order`; None: the usual one."""
     method = getattr(model.base_model, "method", None) if isinstance(model, PeftModel) else None
     if method is None:
         return None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
-    order = method.order(model.active_peft_config, rows, per_step, arguments.max_steps, arguments.seed)
-    if order is not None and arguments.train_sampling_strategy == "group_by_length":
-        raise UserError(f"{method.name} decides itself which rows a step sees: leave --group-by-length out.")
-    return order
+    lengths = text_lengths(rows) if arguments.train_sampling_strategy == "group_by_length" else None
+    return method.order(model.active_peft_config, len(rows), per_step, arguments.max_steps, arguments.seed, lengths)
 
 
 def calibrate_for_run(
