@@ -12,9 +12,9 @@ from peft import LoraConfig, MissConfig, PeftConfig, RandLoraConfig, get_peft_mo
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
-from loratlas import AtlasLoraConfig, SRLoraConfig, attach
+from loratlas import AtlasLoraConfig, SRLoraConfig, attach, calibrate
 from loratlas.catalog import load_entry
-from loratlas.engine.growing import GrowingConfig
+from loratlas.engine.calibrate import needs
 from loratlas.train.methods import build_config, trainable
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -109,7 +109,7 @@ class Arm:
         self.event_seconds = [event - without for event in seconds[1:-1:2]]
 
 
-def make_arm(name: str, setting: Setting) -> Arm:
+def make_arm(name: str, setting: Setting, r: int = RANK) -> Arm:
     """The arm `name`: one of `ARMS`, a method of the catalogue, or one of PEFT's in `TWINS`."""
     if name == "frozen":
         # the floor: a gradient has to travel down to the embeddings, and nothing is updated
@@ -117,18 +117,23 @@ def make_arm(name: str, setting: Setting) -> Arm:
         model.embeddings.register_forward_hook(lambda module, args, output: output.requires_grad_())
         return Arm(model, *setting.batch_of())
     model = setting.encoder()
-    config = _config(name, setting, model)
-    # a rank that grows is measured in its growth, which a long run has not left behind when the timing begins
-    total = LONG if isinstance(config, GrowingConfig) else 2 * (EVENTS + 1)
-    arm = adapted_arm(config, setting, total, model)
+    # growth and search are measured while they go on, which a long run has not left behind when the timing begins
+    total = 2 * (EVENTS + 1) if name.startswith("srlora") else LONG
+    arm = adapted_arm(_config(name, setting, model, r), setting, total, model)
     if name.startswith("srlora"):
         arm.pass_events(total)
     return arm
 
 
 def adapted_arm(config: PeftConfig, setting: Setting, total: int, encoder: BertModel | None = None) -> Arm:
-    """The encoder, a new one unless given, with this adapter, which is told that it trains for `total` steps."""
-    model = get_peft_model(encoder or setting.encoder(), config)
+    """The encoder, a new one unless given, with this adapter, which is told that it trains for `total` steps.
+
+    A start that follows the data gets its statistics from one batch, the one that trains.
+    """
+    model: Any = encoder or setting.encoder()
+    if needs(config):
+        calibrate(model, config, Arm(model, *setting.batch_of()).loss, steps=1)
+    model = get_peft_model(model, config)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-4, weight_decay=0.0)
     return Arm(model, *setting.batch_of(), optimizer, attach(model, optimizer, total_steps=total))
 
@@ -138,8 +143,8 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
 
 
-def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
-    shared: dict[str, Any] = {"r": RANK, "target_modules": "all-linear", "lora_dropout": setting.dropout}
+def _config(name: str, setting: Setting, model: nn.Module, r: int) -> PeftConfig:
+    shared: dict[str, Any] = {"r": r, "target_modules": "all-linear", "lora_dropout": setting.dropout}
     # a start from few iterations: the time of a step does not depend on how exact it is
     svd: dict[str, Any] = {"svd_method": "lowrank", "svd_niter": 1}
     if name == "peft":
@@ -150,7 +155,7 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
         return MissConfig(init_weights=variant, miss_dropout=dropout, **shared)
     if name == "peft-randlora":
         # r and the scaling are those of our arm; PEFT's own default of alpha is 20 r too
-        renamed = {"randlora_dropout": shared.pop("lora_dropout"), "randlora_alpha": 20 * RANK}
+        renamed = {"randlora_dropout": shared.pop("lora_dropout"), "randlora_alpha": 20 * r}
         return RandLoraConfig(**shared, **renamed)
     if name == "lora":
         return AtlasLoraConfig(**shared)
@@ -158,9 +163,9 @@ def _config(name: str, setting: Setting, model: nn.Module) -> PeftConfig:
         return AtlasLoraConfig(init_weights="pissa", **svd, **shared)
     if name in ("srlora", "srlora-inplace"):
         mode = "inplace" if name == "srlora-inplace" else "difference"
-        return SRLoraConfig(r_target=RANK + EVENTS * RANK // 2, gamma=0.5, fuse_mode=mode, **svd, **shared)
+        return SRLoraConfig(r_target=r + EVENTS * r // 2, gamma=0.5, fuse_mode=mode, **svd, **shared)
     system = trainable(name)
     known = {f.name for f in fields(load_entry(system))}
     if "init_r" in known:  # against a LoRA of the rank that its tensors have room for
-        shared |= {"r": RANK // 4, "r_max": RANK}
+        shared |= {"r": r // 4, "r_max": r}
     return build_config(system, "", model, {key: value for key, value in shared.items() if key in known})

@@ -112,7 +112,7 @@ def save(path: Path, settings: dict[str, Any], data: Any, bars: Sequence[Bar], t
     write_json(
         path,
         {
-            "command": shlex.join(["python", *sys.argv]),
+            "command": command(),
             **provenance(),
             "settings": {**settings, "threads": torch.get_num_threads()},
             "bars": [{**asdict(bar), "met": bar.met} for bar in bars],
@@ -120,6 +120,17 @@ def save(path: Path, settings: dict[str, Any], data: Any, bars: Sequence[Bar], t
             "data": data,
         },
     )
+
+
+def command() -> str:
+    """The command that is running, without the places of this machine."""
+    kept, words = ["python"], iter(sys.argv)
+    for word in words:
+        if word in ("--out", "--results"):
+            next(words)
+        else:
+            kept += [word, f"DIR/{Path(next(words)).name}"] if word == "--data" else [word]
+    return shlex.join(kept)
 
 
 def provenance() -> dict[str, Any]:

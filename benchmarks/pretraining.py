@@ -6,9 +6,9 @@
 
 A byte-level model on one text, its last tenth for validation; all arms see the same batches of a seed for the same
 number of steps, under one schedule (a tenth of warm-up, cosine down to a tenth). Each arm runs at every rate of its
-grid with the first seed, and with the other seeds at the rate whose last validation loss was lowest there. Low rank and
-SLTrain have as many parameters as one another. Every run is a file in --out, and those that are there are not run
-again.
+grid with the first seed, and at rates beyond while the best is the outermost; with the other seeds it runs at the rate
+whose last validation loss was lowest. Low rank and SLTrain have as many parameters as one another. Every run is a file
+in --out, and those that are there are not run again.
 """
 
 from __future__ import annotations
@@ -210,6 +210,8 @@ def measure(names: list[str], setting: Setting, text: Tensor, folder: Path) -> d
 
     found = {name: [run(name, rate, SEEDS[0]) for rate in ARMS[name].rates] for name in names}
     for name, runs in found.items():
+        while (rate := beyond(runs)) is not None:
+            runs.append(run(name, rate, SEEDS[0]))
         best = min(runs, key=last)["rate"]
         runs += [run(name, best, seed) for seed in SEEDS[1:]]
     return found
@@ -219,6 +221,14 @@ def last(run: dict[str, Any]) -> float:
     """The validation loss at the end; infinite where the run diverged."""
     value = list(run["validation"].values())[-1]
     return math.inf if value is None else value
+
+
+def beyond(runs: list[dict[str, Any]]) -> float | None:
+    """The next rate of the search, a third or thrice the best; None where the best lies between two others."""
+    tried, best = sorted(run["rate"] for run in runs), min(runs, key=last)["rate"]
+    if best not in (tried[0], tried[-1]):
+        return None
+    return float(f"{best * 0.3 if best == tried[0] else best * 3:.1g}")
 
 
 def chosen(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

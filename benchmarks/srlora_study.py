@@ -3,21 +3,20 @@
     python benchmarks/srlora_study.py --data DIR/banking77 --rank 4 --steps 120
     python benchmarks/srlora_study.py --data DIR/cola --metric matthews --arm lora --arm gradient
 
-The model is all-MiniLM-L6-v2, all linear layers are adapted. Every arm gets the same grid of learning rates and scales
-s = alpha / r, searched with one seed on rows held out of the training rows; the pair that is best there runs with every
-seed on the test rows, and LoRA again under other seeds for the noise floor. A run that is done is not done again: the
-folder --out keeps one file a run.
+The model is all-MiniLM-L6-v2 in bf16 mixed precision, with all linear layers adapted and texts of like lengths in a
+batch. Every arm gets the same grid of learning rates and scales s = alpha / r, searched with one seed on rows held out
+of the training rows; the pair that is best there runs with every seed on the test rows, and LoRA again under other
+seeds for the noise floor. A run that is done is not done again: the folder --out keeps one file a run.
 
-Writes benchmarks/results/srlora_study_<data>_r<rank>.json: searches, finals, curves, paired intervals against LoRA.
+With --plain everything is in fp32 and batches are not grouped. Writes
+benchmarks/results/srlora_study_<data>_r<rank>[_plain].json: searches, finals, curves, paired intervals against LoRA.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +29,8 @@ from loratlas.errors import UserError
 from loratlas.files import write_json
 
 LORA_START = {"init_weights": "lora", "reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3}
+GRADIENT = {**LORA_START, "select": "oldest"}
+# "multiple" (r_target / r) and "gamma" here come before those of the command line
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "rslora": ("lora", {"use_rslora": True}),
@@ -43,9 +44,14 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-keep": ("srlora", {"init_weights": "lora", "reservoir": "gradient"}),
     "gradient-cold": ("srlora", {**LORA_START, "fresh_warmup": 0}),
     "gradient-score": ("srlora", LORA_START),
-    "gradient": ("srlora", {**LORA_START, "select": "oldest"}),
-    "settled": ("srlora", {**LORA_START, "select": "oldest", "trigger": "settled"}),
-    "activation": ("srlora", {**LORA_START, "reservoir": "activation", "select": "oldest"}),
+    "gradient": ("srlora", GRADIENT),
+    "gradient-6r": ("srlora", {**GRADIENT, "multiple": 6}),
+    "gradient-all": ("srlora", {**GRADIENT, "gamma": 1.0}),
+    "gradient-all-4r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 4}),
+    "gradient-all-5r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 5}),
+    "gradient-all-7r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 7}),
+    "settled": ("srlora", {**GRADIENT, "trigger": "settled"}),
+    "activation": ("srlora", {**GRADIENT, "reservoir": "activation"}),
     "minor": ("srlora", {**LORA_START, "reservoir": "minor"}),
     "global": ("srlora", {**LORA_START, "budget": "global"}),
 }
@@ -65,6 +71,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1)] = 120,
     max_length: int = 48,
+    plain: Annotated[bool, typer.Option("--plain", help="fp32 and batches in plain random order: slower.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = Path("runs/srlora-study"),
 ) -> None:
     quiet_libraries()
@@ -77,8 +84,8 @@ def main(
     grid = list(itertools.product(rate or [4e-3, 8e-3, 1.6e-2], scale or [1.0, 2.0]))
     tested = _load(data, metric, max_length)
     searched = hold_out(tested)
-    shared = {"steps": steps, "r": rank, "multiple": multiple, "gamma": gamma}
-    place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}"
+    shared = {"steps": steps, "r": rank, "multiple": multiple, "gamma": gamma, "plain": plain}
+    place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}{'-plain' if plain else ''}"
     found: dict[str, dict[str, Any]] = {}
     for name in names:
         search = [_run(place, name, point, _SEARCH_SEED, searched, "search", shared) for point in grid]
@@ -121,16 +128,18 @@ def _run(
     file = place / f"{name}-{rate:g}-{scale:g}-{phase}-{seed}.json"
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
-    slug, own = ARMS[name]
+    slug, own = ARMS[name][0], dict(ARMS[name][1])
     r, steps = shared["r"], shared["steps"]
     # rsLoRA divides by sqrt(r): the same s all the same
     alpha = scale * (r**0.5 if own.get("use_rslora") else r)
-    moving = {"r_target": r * shared["multiple"], "gamma": shared["gamma"]} if slug == "srlora" else {}
+    target = r * own.pop("multiple", shared["multiple"])
+    moving = {"r_target": target, "gamma": shared["gamma"]} if slug == "srlora" else {}
     options = {"r": r, "lora_alpha": alpha, **moving, **own}
     folder = place / "running"
     shutil.rmtree(folder, ignore_errors=True)
     with error_console().status(f"{name}, rate {rate:g}, scale {scale:g}, {phase}, seed {seed}"):
         spec = RunSpec(slug, demo.demo_model(), str(folder), seed=seed, steps=steps, learning_rate=rate)
+        spec.bf16 = spec.group_by_length = not shared["plain"]
         spec.eval_every, spec.options = max(1, steps // 6 if phase == "final" else steps), options
         result = run(spec, task)
     shutil.rmtree(folder)
@@ -152,13 +161,10 @@ def _steps_to(runs: Rows, goal: float, seeds: int) -> float | None:
 
 
 def _write(data: str, rank: int, value: dict[str, Any]) -> None:
-    words = iter(sys.argv)
-    # where data and runs lie is this machine's business
-    kept = [f"DIR/{data}" if before == "--data" else word for before, word in itertools.pairwise(["", *words])]
-    command = shlex.join(["python", *kept])
-    from paired import RESULTS, provenance
+    from paired import RESULTS, command, provenance
 
-    write_json(RESULTS / f"srlora_study_{data}_r{rank}.json", {"command": command, **provenance(), **value})
+    name = f"srlora_study_{data}_r{rank}{'_plain' if value['plain'] else ''}.json"
+    write_json(RESULTS / name, {"command": command(), **provenance(), **value})
 
 
 def _show(found: dict[str, dict[str, Any]], seeds: int) -> None:

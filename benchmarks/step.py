@@ -13,6 +13,7 @@ SRLoRA has all six events behind it, a history of 48 ranks.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -79,20 +80,24 @@ def _chosen(settings: list[Setting], names: list[str] | None) -> list[Setting]:
 
 
 def measure(setting: Setting, names: list[str], rounds: int) -> dict[str, Arm]:
+    arms = {name: make_arm(name, setting) for name in names}
+    take_turns(arms, rounds)
+    return arms
+
+
+def take_turns(arms: Mapping[str, Arm], rounds: int) -> None:
     """Interleaved rounds, in which every arm takes two steps and the second is timed.
 
     The first brings its own state of heap and caches about: in training a step follows one of its kind. Without it,
     each arm would pay for what another one left; PEFT's step took 1.1 times as long so.
     """
-    arms = {name: make_arm(name, setting) for name in names}
     for arm in arms.values():
         arm.saved_bytes = saved_bytes(arm)
-    for order in shuffled(names, rounds):
+    for order in shuffled(list(arms), rounds):
         for name in order:
             arms[name].step()
             for part, seconds in arms[name].step().items():
                 arms[name].seconds[part].append(seconds)
-    return arms
 
 
 def saved_bytes(arm: Arm) -> int:

@@ -7,6 +7,8 @@ A comment on a line of its own is replaced:
     <!-- options: module:Class -->          the fields of a configuration, with defaults and help
     <!-- command: name -->                  the arguments and options of a `loratlas` command
     <!-- results: name -->                  what benchmarks/results/name.json holds
+
+A method's page ends with what the comparisons of benchmarks/results/glue.json say of it.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import inspect
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
+
+from markdown_table import table
+from results import measured_here, results
 
 from loratlas.catalog import System, baselines, systems
 from loratlas.engine.config import AtlasConfig
@@ -27,7 +31,6 @@ from loratlas.engine.config import AtlasConfig
 log = logging.getLogger("mkdocs.hooks.loratlas")  # a warning ends `mkdocs build --strict`
 
 METHODS = Path(__file__).parent / "methods"
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 MARKER = re.compile(r"^<!-- (?P<what>[a-z]+)(?:: (?P<of>\S+))? -->$", re.MULTILINE)
 
 
@@ -41,7 +44,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             return match[0]
         return make(*filter(None, [match["of"]]))
 
-    return MARKER.sub(replace, markdown)
+    made = MARKER.sub(replace, markdown)
+    place = Path(page.file.src_uri)
+    return made + measured_here(place.stem) if place.parent.name == METHODS.name else made
 
 
 def catalogue() -> str:
@@ -92,57 +97,6 @@ def command(name: str) -> str:
     return "\n\n".join(f"**{group}**\n\n{_parameters(groups[group])}" for group in order if group in groups)
 
 
-def results(name: str) -> str:
-    """The tables of a benchmark, or a line that says how to make them."""
-    file = RESULTS / f"{name}.json"
-    if not file.is_file():
-        return f"Not measured yet: run `python benchmarks/{name}.py`."
-    found = json.loads(file.read_text(encoding="utf-8"))
-    if "tasks" in found:
-        return glue(found)
-    return study(found) if "arms" in found else measured(found)
-
-
-def measured(found: dict[str, Any]) -> str:
-    """How and where a benchmark was run, its bars and its other tables."""
-    machine, settings = found["machine"], found["settings"]
-    versions = ", ".join(f"{package} {version}" for package, version in found["versions"].items())
-    about = (
-        f"`{found['command']}`, {found['date']}, {settings['rounds']} rounds, {settings['threads']} thread(s) of "
-        f"{machine['cores']} cores ({machine['cpu']}), load {machine['load_average']:.1f}; {versions}."
-    )
-    tables = [f"**{table['title']}**\n\n{_table(table['head'], table['rows'])}" for table in found["tables"]]
-    return "\n\n".join([about, *tables])
-
-
-def glue(found: dict[str, Any]) -> str:
-    """A leaderboard a task, the verdict under it."""
-    from loratlas.train.wording import headings, noise_line, ranked, row_cells, verdict_line
-
-    parts = [f"`{found['command']}`"]
-    for name, task in found["tasks"].items():
-        table = _table(tuple(headings(task)), [tuple(row_cells(task, row)) for row in ranked(task)])
-        parts += [f"**{name}**: {task['task']}", table, " ".join(filter(None, [verdict_line(task), noise_line(task)]))]
-    return "\n\n".join(parts)
-
-
-def study(found: dict[str, Any]) -> str:
-    """The arms of a study, each at the rate and scale that its search found, against the first of them."""
-    rows = []
-    for name, arm in found["arms"].items():
-        finals = [run["final"] for run in arm["runs"] if run["seed"] < 1000]
-        gap = arm["against_lora"]
-        half = "" if gap["half"] is None else f" ± {gap['half']:.3f}"
-        values = " ".join(f"{value:.3f}" for value in finals)
-        reached = str(arm["steps_to_lora"] or "not reached")
-        mean = f"{sum(finals) / len(finals):.3f}"
-        rows.append((name, f"{arm['rate']:g}", f"{arm['scale']:g}", values, mean, f"{gap['mean']:+.3f}{half}", reached))
-    head = ("arm", "rate", "scale", "seeds", "mean", "against LoRA, paired", "steps to LoRA's end")
-    about = f"`{found['command']}`, {found['date']}, r = {found['r']}, {found['steps']} steps, {found['metric']}."
-    floor = f"Two sets of LoRA runs under other seeds are {found['noise']['level']:.3f} apart (root mean square)."
-    return "\n\n".join([about, _table(head, rows), floor])
-
-
 GENERATORS: dict[str, Callable[..., str]] = {
     "catalogue": catalogue,
     "baselines": known_baselines,
@@ -155,7 +109,7 @@ GENERATORS: dict[str, Callable[..., str]] = {
 def _systems(found: Iterable[System]) -> str:
     """The implemented ones first; a check mark says which."""
     rows = sorted(found, key=lambda system: system.status != "implemented")
-    return _table(
+    return table(
         ("", "system", "what it does", "kind", "paper", "code", "ships as"),
         [
             (
@@ -191,7 +145,7 @@ def _declared(cls: type) -> list[str]:
 
 def _fields(fields: Iterable[dataclasses.Field[Any]]) -> str:
     rows = [(f"`{f.name}`", f"`{f.type}`", f"`{_default(f)}`", f.metadata.get("help", "")) for f in fields]
-    return _table(("option", "type", "default", "meaning"), rows)
+    return table(("option", "type", "default", "meaning"), rows)
 
 
 def _default(field: dataclasses.Field[Any]) -> str:
@@ -208,15 +162,8 @@ def _parameters(parameters: Iterable[Any]) -> str:
         plain = parameter.default is None or parameter.default is False or callable(parameter.default)
         default = "required" if parameter.required else "–" if plain else f"`{_plain(parameter.default)}`"
         rows.append((f"`{name}`", default, parameter.help or ""))
-    return _table(("name", "default", "meaning"), rows)
+    return table(("name", "default", "meaning"), rows)
 
 
 def _plain(value: Any) -> str:
     return str(getattr(value, "value", value))  # an Enum's value is what one types
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "\n".join(
-        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in row) + " |" for row in lines
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -267,6 +268,24 @@ def test_inspect_shows_the_ranks_over_time(work: list[str], tmp_path: Path) -> N
     assert sum(entry["ranks"][-1] for entry in found["ranks"]) == 26
 
 
+def test_inspect_by_rank_evaluates_what_export_ships(work: list[str], trained: Path, tmp_path: Path) -> None:
+    code, text, _ = call("inspect", str(trained), "--by-rank", "--rank", "1", "--rank", "4")
+    assert code == 0
+    assert "srlora at every rank" in text
+    found = json.loads(call("inspect", str(trained), "--by-rank", "--json")[1])
+    final = json.loads((trained / "result.json").read_text())["final"]
+    assert [row["rank"] for row in found["rows"]] == found["ranks"]
+    assert found["rows"][-1]["metrics"]["accuracy"] == final
+    assert found["rows"][0]["relative_error"] > found["rows"][-1]["relative_error"] == 0.0
+    alone = tmp_path / "alone"
+    shutil.copytree(trained / "adapter", alone)
+    code, _, error = call("inspect", str(alone), "--by-rank")
+    assert code == 2
+    assert "has no config.yaml that would name the data of its run" in error
+    again = json.loads(call("inspect", str(alone), "--by-rank", "--json", "--rank", "1", *work[2:4])[1])
+    assert again["rows"] == found["rows"][:1]
+
+
 def test_export_for_a_server(trained: Path, tmp_path: Path) -> None:
     words = ["export", str(trained), "--no-verify", "--check", "vllm"]
     code, text, error = call(*words, "--out", str(tmp_path / "served"))
@@ -303,6 +322,7 @@ MISTAKES = {
     "no grid": (["compare", "lora", "--demo", "--lr-grid", "1e-3,high"], "--lr-grid 1e-3,high is no list of numbers"),
     "rank of merged": (["export", "x", "--out", "y", "--to", "merged", "--rank", "3"], "merged weights have none"),
     "check of merged": (["export", "x", "--out", "y", "--to", "merged", "--check", "vllm"], "--check is an option of"),
+    "data without a use": (["inspect", "absent", "--demo"], "say what to evaluate: add --by-rank"),
     "no adapter": (["inspect", "absent"], "there is no directory absent"),
 }
 

@@ -306,6 +306,22 @@ def test_the_two_kinds_of_steps_see_different_rows() -> None:
         SearchSampler(1, per_step=4, total_steps=30, config=config())
 
 
+def test_steps_of_like_lengths_keep_the_halves_apart() -> None:
+    lengths = [7 * row % 60 for row in range(60)]
+    options = {"per_step": 4, "total_steps": 60, "config": config(), "seed": 3}
+    plain, alike = (list(SearchSampler(60, **options, lengths=given)) for given in (None, lengths))
+    assert alike == list(SearchSampler(60, **options, lengths=lengths))
+    steps = [alike[i : i + 4] for i in range(0, 240, 4)]
+    assert set(steps[2] + steps[4] + steps[6]) <= set(plain) - set(plain[:8])
+    assert set(steps[2] + steps[4] + steps[6]).isdisjoint(steps[0] + steps[1] + steps[3] + steps[5] + steps[7])
+    assert all(len(set(step)) == 4 for step in steps)
+    assert all(sorted(steps[i]) != sorted(steps[j]) for i in range(8, 23) for j in range(i))  # one epoch
+    spread = [max(found) - min(found) for found in ([lengths[row] for row in step] for step in steps[8:])]
+    assert max(spread) <= 4  # 60 different lengths, sorted by fours
+    few = SearchSampler(5, per_step=4, total_steps=9, config=config(), lengths=range(5))  # halves smaller than a step
+    assert len(list(few)) == 36
+
+
 def test_bad_options() -> None:
     for message, options in {
         "budget must be in": {"budget": 0.0},
@@ -314,6 +330,7 @@ def test_bad_options() -> None:
         "search_steps must be at least 2": {"search_steps": 1},
         "share_unselected must be 'none' or 'per_type'": {"share_unselected": "all"},
         "after_search must be 'finetune' or 'retrain'": {"after_search": "stop"},
+        "search_share must be in": {"search_share": 1.0},
         "arch_beta1 must be in": {"arch_beta1": 1.0},
     }.items():
         with pytest.raises(UserError, match=message):

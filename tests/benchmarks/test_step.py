@@ -19,9 +19,9 @@ ROOT = Path(__file__).parents[2]
 def load(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Import a script by its path; what it imports from its own folder is forgotten afterwards."""
     known, threads = set(sys.modules), torch.get_num_threads()
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
     def script(path: str) -> Any:
+        monkeypatch.syspath_prepend(str((ROOT / path).parent))
         spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
         assert spec is not None
         assert spec.loader is not None
@@ -31,7 +31,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield script
     torch.set_num_threads(threads)
-    for name in {"arms", "paired"} - known:
+    for name in {"arms", "paired", "step", "curves", "markdown_table"} - known:
         sys.modules.pop(name, None)
 
 
@@ -53,10 +53,35 @@ def test_a_quick_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(len(fp32["arms"][name]["event_seconds"]) == 6 for name in ("srlora", "srlora-inplace"))
     assert bf16["arms"]["lora"]["saved_bytes"] < bf16["arms"]["peft"]["saved_bytes"]
 
-    hooks = load("docs/hooks.py")
-    monkeypatch.setattr(hooks, "RESULTS", tmp_path)
-    page = hooks.results("step")
+    site = load("docs/results.py")
+    monkeypatch.setattr(site, "RESULTS", tmp_path)
+    page = site.results("step")
     assert all(bar["claim"] in page for bar in found["bars"])
+
+
+def test_methods_beside_the_lora_of_as_many_parameters(load: Any, tmp_path: Path) -> None:
+    import typer
+
+    methods, out = load("benchmarks/step_methods.py"), tmp_path / "step_methods.json"
+    app = typer.Typer()
+    app.command()(methods.main)
+    wanted = ["lora-ga", "lora-sb", "salt", "increlora"]  # the first two start from a calibration
+    chosen = [word for name in wanted for word in ("--method", name)]
+    command = ["--quick", "--rounds", "1", "--dtype", "fp32", *chosen, "--out", str(out)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    found = json.loads(out.read_text())
+    (setting,) = found["data"]
+    arms = setting["arms"]
+    each_rank = arms["lora, r = 8"]["parameters"] // 8
+    assert arms["lora-ga"]["parameters"] == 8 * each_rank
+    assert {name: arms[name]["against"] for name in ("lora-ga", "lora-sb")} == {
+        "lora-ga": "lora, r = 8",
+        "lora-sb": "lora, r = 1",
+    }
+    assert arms["increlora"]["against"] == "lora, r = 8"  # the rank that it may come to
+    near = arms["salt"]["against"]
+    assert abs(arms["salt"]["parameters"] - arms[near]["parameters"]) <= each_rank / 2
+    assert len(found["bars"]) == len(wanted)
 
 
 def test_an_unknown_setting_names_the_known_ones(load: Any) -> None:

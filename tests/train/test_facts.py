@@ -15,6 +15,7 @@ from loratlas import UserError
 from loratlas.analysis.adapter_folder import read_adapter
 from loratlas.catalog import find, systems
 from loratlas.engine.export import export_lora
+from loratlas.engine.model import atlas_layers
 from loratlas.train.adapted import load_adapted
 from loratlas.train.facts import Facts
 from loratlas.train.progress import Progress
@@ -142,3 +143,30 @@ def test_reports_go_where_they_are_asked_to(work: Work, tmp_path: Path, monkeypa
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "wandb", Board)
     train(work, tmp_path / "c", "lora", steps=3, report_to=("wandb",))
     assert sum("loss" in row for row in logged) == 3
+
+
+OF_A_RANK = {"increlora": lambda r: r, "triadaptlora": lambda r: 2 * r * r, "sora": lambda r: r, "diffora": lambda r: 0}
+
+
+@pytest.mark.parametrize("slug", OF_A_RANK)
+def test_where_ranks_move_the_ranks_in_use_are_counted_beside_their_room(slug: str, work: Work, tmp_path: Path) -> None:
+    """A and B have in + out numbers a rank, and what else a method trains of a rank."""
+    result = train(work, tmp_path / "run", slug, options={"r": 2}, steps=12)
+    model = load_adapted(read_adapter(result.adapter_dir), work.base)
+    used = room = 0
+    for _, layer in atlas_layers(model, "default"):
+        t = layer.view("default")
+        rank = int(t.rank_log[-1, 1])
+        used += rank * sum(t.op.shape) + OF_A_RANK[slug](rank)
+        room += sum(getattr(t, name).numel() for name in layer.method.params)
+    assert result.used_parameters == result.trainable_parameters - room + used
+    if slug != "sora":  # whose gates may all stay open in so short a run
+        assert result.used_parameters < result.trainable_parameters
+    assert f"at the end are {result.used_parameters:,}" in (Path(result.adapter_dir) / "README.md").read_text()
+
+
+def test_other_methods_and_older_files_say_nothing_of_it(work: Work, tmp_path: Path) -> None:
+    result = train(work, tmp_path / "run", "lora", options={"r": 2}, steps=2)
+    assert result.used_parameters is None
+    older = {name: value for name, value in result.to_dict().items() if name not in ("used_parameters", "forget")}
+    assert RunResult.from_dict(older).used_parameters is None

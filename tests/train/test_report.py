@@ -94,6 +94,13 @@ def test_the_page_is_complete_and_loads_nothing(tmp_path: Path) -> None:
     assert page.index("SR&lt;b&gt;LoRA</th>") < page.index("LoRA</th><td>0.5500")
 
 
+def test_where_ranks_move_the_leaderboard_says_what_is_used() -> None:
+    value = comparison()
+    value["rows"][1]["used_parameters"] = 4321
+    place = headings(value).index("trainable parameters (used / room)")
+    assert [row_cells(value, row)[place] for row in ranked(value)] == ["4,321 / 12,345", "12,345"]
+
+
 def test_the_words_of_the_leaderboard() -> None:
     value = comparison()
     assert headings(value) == [

@@ -6,7 +6,7 @@
     then:     of every layer (or of all modules) those with the largest a keep their pair, with gate 1;
               the others have none, or share one pair a kind of module
 
-The two kinds of steps should see different halves of the data (`search_data.SearchSampler`). As the up factor is
+The two kinds of steps see different halves of the data (`search_data.SearchSampler`). As the up factor is
 sigma(a) s B, dL/da = <dL/dB, B> (1 - sigma(a)): the logits need no backward pass of their own, and gradients that are
 accumulated, averaged over ranks or clipped are so for them too. First order: the weights are taken as they are.
 """
@@ -17,11 +17,11 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from loratlas.adapters.search_data import SearchSampler, plan_of
 from loratlas.engine import rank_log
 from loratlas.engine.budget import largest
 from loratlas.engine.config import AtlasConfig, knob
@@ -35,16 +35,6 @@ from loratlas.errors import UserError
 
 SEARCHING, OWN, NONE, SHARED = range(4)  # what `role` says of a module; SHARED + i: it shares pair number i
 _EPS = 1e-8  # of the logits' Adam
-
-
-class Plan(NamedTuple):
-    """Optimizer steps, counted from 1: weights alone up to `warmup`, in turn with the logits up to `search`."""
-
-    warmup: int
-    search: int
-
-    def moves_logits(self, step: int) -> bool:
-        return self.warmup < step <= self.search and (step - self.warmup) % 2 == 1
 
 
 class DiffoRA(LowRankMethod):
@@ -79,14 +69,21 @@ class DiffoRA(LowRankMethod):
 
     # -------------------------------------------------------------------------------------------------- training
 
-    def plan(self, cfg: DiffoRAConfig, total_steps: int) -> Plan:
-        search = max(2, round(0.1 * total_steps)) if cfg.search_steps is None else cfg.search_steps
-        return Plan(max(1, search // 5) if cfg.warmup_steps is None else cfg.warmup_steps, search)
+    def order(
+        self,
+        cfg: DiffoRAConfig,
+        rows: int,
+        per_step: int,
+        total_steps: int,
+        seed: int,
+        lengths: Sequence[int] | None = None,
+    ) -> SearchSampler:
+        return SearchSampler(rows, per_step, total_steps, cfg, seed=seed, lengths=lengths)
 
     def check_training(self, views: Sequence[View], ctx: StepContext) -> None:
         if not ctx.total_steps:
             raise UserError("DiffoRA searches for a part of the run: pass attach(..., total_steps=N) or use a Trainer.")
-        plan = self.plan(views[0].cfg, ctx.total_steps)
+        plan = plan_of(views[0].cfg, ctx.total_steps)
         if int(views[0].role) != SEARCHING:
             return  # a further stage of an adapter that has chosen
         if plan.search > ctx.total_steps or plan.warmup >= plan.search:
@@ -101,7 +98,7 @@ class DiffoRA(LowRankMethod):
         self.freeze(views, roles)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
-        roles, plan = ctx.memo[self], self.plan(views[0].cfg, ctx.total_steps)
+        roles, plan = ctx.memo[self], plan_of(views[0].cfg, ctx.total_steps)
         if roles[0] == SEARCHING:
             if plan.moves_logits(ctx.step):
                 self.move_logits(views, ctx, (ctx.step - plan.warmup + 1) // 2)
@@ -136,7 +133,7 @@ class DiffoRA(LowRankMethod):
             t.factor.copy_(torch.sigmoid(t.logit))
 
     def after_step(self, views: Sequence[View], ctx: StepContext) -> None:
-        if ctx.memo[self][0] == SEARCHING and ctx.step >= self.plan(views[0].cfg, ctx.total_steps).search:
+        if ctx.memo[self][0] == SEARCHING and ctx.step >= plan_of(views[0].cfg, ctx.total_steps).search:
             self.decide(views, ctx)
 
     # -------------------------------------------------------------------------------------------------- decision
@@ -259,6 +256,7 @@ class DiffoRAConfig(AtlasConfig):
     scope: str = knob("layer", "The budget is that of every 'layer', or 'global': of all modules together.")
     search_steps: int | None = knob(None, "Steps of the search, warm-up included; None: a tenth of the run.")
     warmup_steps: int | None = knob(None, "First steps of the search, for weights alone; None: a fifth of it.")
+    search_share: float = knob(0.5, "Share of the rows for the search's steps of the weights; the rest is the logits'.")
     arch_lr: float = knob(1e-3, "Learning rate of the logits, constant.")
     arch_beta1: float = knob(0.5, "First beta of the logits' Adam.")
     arch_beta2: float = knob(0.999, "Second beta of the logits' Adam.")
@@ -277,6 +275,7 @@ class DiffoRAConfig(AtlasConfig):
         self._require(self.scope in ("layer", "global"), "scope", "'layer' or 'global'")
         self._require(self.search_steps is None or self.search_steps >= 2, "search_steps", "at least 2")
         self._require(self.warmup_steps is None or self.warmup_steps >= 0, "warmup_steps", "at least 0")
+        self._require(0.0 < self.search_share < 1.0, "search_share", "in (0, 1)")
         for name in ("arch_lr", "arch_weight_decay"):
             self._require(getattr(self, name) >= 0.0, name, "at least 0")
         for name in ("arch_beta1", "arch_beta2"):

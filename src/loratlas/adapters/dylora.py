@@ -24,6 +24,7 @@ from loratlas.engine.lifecycle import StepContext
 from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.model import atlas_layers
 from loratlas.engine.moments import slot_rates
+from loratlas.engine.nested import use_rank
 from loratlas.engine.registry import adapter
 from loratlas.errors import UserError
 
@@ -35,6 +36,7 @@ class DyLora(LowRankMethod):
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = ("A", "B")
     buffers = ("rank", "drawn")
+    nested = "rank"
 
     def shapes(self, cfg: DyLoraConfig, r: int, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
         return {"A": (r, n_in), "B": (n_out, r), "rank": (), "drawn": ()}
@@ -121,10 +123,7 @@ def set_rank(model: nn.Module, rank: int, adapter_name: str = "default") -> None
     largest = max(layer.atlas_r[adapter_name] for layer in layers)
     if not 1 <= rank <= largest:
         raise UserError(f"set_rank: rank must be between 1 and r={largest}, but it is {rank}.")
-    if any(adapter_name in layer.merged_adapters for layer in layers):
-        raise UserError(f"set_rank: adapter {adapter_name!r} is merged at its rank: call unmerge_adapter() first.")
-    for layer in layers:
-        layer.view(adapter_name).rank.fill_(min(rank, layer.atlas_r[adapter_name]))
+    use_rank(model, rank, adapter_name)
 
 
 @adapter(DyLora())

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from loratlas.engine.config import AtlasConfig, knob
+from loratlas.engine.dense import dense_linear, takes_the_sum
 from loratlas.engine.factors import Factors
 from loratlas.engine.method import LowRankMethod, View
 from loratlas.engine.registry import adapter
@@ -66,16 +67,27 @@ class Salt(LowRankMethod):
             nn.init.normal_(t.Y, std=0.01)
 
     def factors(self, t: View) -> Factors:
-        k, mode = len(t.scale), t.cfg.relu_mode
-        top = t.scale * t.S[:k] + t.shift
-        top = (top if mode == "none" else top.relu()) - t.S[:k]
-        u, v = t.U if t.scaling == 1.0 else t.U * t.scaling, t.V
+        k, u, v = len(t.scale), t.U if t.scaling == 1.0 else t.U * t.scaling, t.V
         if t.X is None:
-            return Factors(v, u * top)
-        if mode == "none":
+            return Factors(v, u * self.top(t))
+        if t.cfg.relu_mode == "none":
             # rank k + q instead of n
-            return Factors(torch.cat((v[:k], t.Y @ v[k:])), torch.cat((u[:, :k] * top, u[:, k:] @ t.X), dim=1))
-        return Factors(v, torch.cat((u[:, :k] * top, u[:, k:] @ self.tail(t)), dim=1))
+            return Factors(torch.cat((v[:k], t.Y @ v[k:])), torch.cat((u[:, :k] * self.top(t), u[:, k:] @ t.X), dim=1))
+        return Factors(v, torch.cat((u[:, :k] * self.top(t), u[:, k:] @ self.tail(t)), dim=1))
+
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor | None:
+        """Over W + delta where that is exact and n rows or more make up for n-wide factors becoming a matrix."""
+        thin = t.X is not None and t.cfg.relu_mode == "none"
+        if thin or dropout > 0.0 or not takes_the_sum(x) or x.numel() // x.shape[-1] < min(t.op.shape):
+            return None
+        return dense_linear(x, weight, bias, self.delta_weight(t))
+
+    @staticmethod
+    def top(t: View) -> Tensor:
+        """(k,) what the first k entries of C's diagonal add to S."""
+        s = t.S[: len(t.scale)]
+        moved = t.scale * s + t.shift
+        return (moved if t.cfg.relu_mode == "none" else moved.relu()) - s
 
     @staticmethod
     def tail(t: View) -> Tensor:

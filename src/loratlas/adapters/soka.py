@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from loratlas.engine.config import SvdConfig, knob
+from loratlas.engine.dense import dense_linear
 from loratlas.engine.method import Method, View
 from loratlas.engine.registry import adapter
 from loratlas.linalg import kronecker
@@ -94,6 +95,12 @@ class SoKA(Method):
     def delta(self, t: View, x: Tensor) -> Tensor:
         a, b = self.terms(t)
         return kronecker.apply_kronecker_sum(x, a.to(x.dtype), b.to(x.dtype))
+
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor | None:
+        a, b = self.terms(t)
+        if dropout > 0.0 or not kronecker.sum_is_cheaper(x.numel() // x.shape[-1], a, b):
+            return None
+        return dense_linear(x, weight, bias, kronecker.kronecker_sum(a, b))
 
     def delta_weight(self, t: View) -> Tensor:
         return kronecker.kronecker_sum(*self.terms(t))

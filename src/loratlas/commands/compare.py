@@ -39,6 +39,7 @@ def compare(
     settings: options.Set = None,
     data: options.Data = None,
     test: options.Test = None,
+    forget: options.Forget = None,
     task: options.TaskName = None,
     text_column: options.TextColumn = None,
     label_column: options.LabelColumn = None,
@@ -158,6 +159,7 @@ def compare(
             metric=metric,
             max_length=max_length,
             limit=limit,
+            forget=forget,
         )
     spec = RunSpec(
         method="",

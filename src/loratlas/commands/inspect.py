@@ -11,6 +11,8 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from loratlas.commands import by_rank as ranked
+from loratlas.commands import options
 from loratlas.commands.output import console, print_json
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ loratlas inspect runs/mine
 
 loratlas inspect runs/mine --tensors
 
+loratlas inspect runs/mine --by-rank
+
 loratlas inspect path/to/any/peft/adapter --json
 """
 
@@ -31,17 +35,53 @@ _AGES = (1, 2, 3, 4, 5, 10)  # of fresh pairs, likewise
 _MOMENTS = 20  # of a run, likewise
 
 
+_BY_RANK = "By rank"
+
+
 def inspect(
+    ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(help="An adapter folder, or the output directory of `loratlas train`.")],
     every_tensor: Annotated[
         bool, typer.Option("--tensors", help="List every tensor of the file instead of sums by name.")
     ] = False,
+    by_rank: Annotated[
+        bool,
+        typer.Option(
+            "--by-rank",
+            help="Evaluate the adapter at every rank instead, on the test rows of its run or of --data.",
+            rich_help_panel=_BY_RANK,
+        ),
+    ] = False,
+    rank: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="A rank to look at, several times for several. Else all up to 16, then powers of two.",
+            rich_help_panel=_BY_RANK,
+        ),
+    ] = None,
+    demo: options.Demo = False,
+    model: options.Model = None,
+    data: options.Data = None,
+    test: options.Test = None,
+    task: options.TaskName = None,
+    text_column: options.TextColumn = None,
+    label_column: options.LabelColumn = None,
+    metric: options.Metric = None,
+    max_length: options.MaxLength = None,
+    limit: options.Limit = None,
+    batch_size: options.BatchSize = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Show what an adapter is made of: method, size by tensor, and how much each layer changes.
 
-    Works on any PEFT adapter; the base model is not loaded.
+    Works on any PEFT adapter; the base model is not loaded. With --by-rank it is, and the adapter is evaluated at every
+    rank: each row is what `loratlas export --rank N` ships.
     """
+    if by_rank:
+        return ranked.show(directory, ctx, rank, demo=demo, as_json=as_json)
+    ranked.refuse_options(ctx, rank, demo=demo)
     from loratlas.analysis.inspect import inspect_adapter
 
     found = inspect_adapter(directory)

@@ -61,6 +61,12 @@ Test = Annotated[
         rich_help_panel=_DATA,
     ),
 ]
+Forget = Annotated[
+    str | None,
+    typer.Option(
+        metavar="DATA", help="Rows to forget, beside --data, for objectives that unlearn.", rich_help_panel=_DATA
+    ),
+]
 TaskName = Annotated[
     str | None,
     typer.Option(
@@ -157,6 +163,7 @@ def read_work(
     metric: str | None,
     max_length: int | None,
     limit: int | None,
+    forget: str | None,
 ) -> Work:
     """The model and data that the options name; nothing is loaded yet.
 
@@ -164,15 +171,17 @@ def read_work(
         UserError: neither --demo nor --model and --data.
     """
     if not demo:
-        require_work(model, data)
+        require_work(model, data, forget)
     from loratlas.train.work import Work
 
     columns = tuple(text_columns or ())
-    return Work(model, data, test, task, columns, label_column, metric, max_length, limit)
+    return Work(model, data, test, task, columns, label_column, metric, max_length, limit, forget)
 
 
-def require_work(model: str | None, data: str | None) -> None:
+def require_work(model: str | None, data: str | None, forget: str | None = None) -> None:
     """Raise `UserError` unless there are both."""
+    if forget is not None and data is None:
+        raise UserError("--data missing: --forget is a set beside the rows to keep, which --data names.")
     missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
     if missing:
         raise UserError(f"{missing} missing: give a model and data, or try it with --demo.")

@@ -29,6 +29,8 @@ loratlas train lora --model my/model --data stars.csv --task regression
 
 loratlas train srlora --optimizer lora-pro --objective ba-lora --demo
 
+loratlas train lora --objective loku --model my/model --data keep.jsonl --forget forget.jsonl --task causal-lm
+
 loratlas train lisa --demo
 """
 
@@ -51,6 +53,7 @@ def train(
     settings: options.Set = None,
     data: options.Data = None,
     test: options.Test = None,
+    forget: options.Forget = None,
     task: options.TaskName = None,
     text_column: options.TextColumn = None,
     label_column: options.LabelColumn = None,
@@ -85,13 +88,16 @@ def train(
     with error_console().status("reading model and data"):
         from loratlas.train.console import ConsoleProgress
         from loratlas.train.output import prepare_output
+        from loratlas.train.recipe_check import raise_any
         from loratlas.train.reporters import check_reporters
         from loratlas.train.roles import cast
         from loratlas.train.run import run
         from loratlas.train.stop import Stop, Stopped
 
         check_reporters(recipe.report_to)
-        directory = options.output_directory(out, cast(recipe).name)
+        members = cast(recipe)
+        raise_any([text for _, text in members.lacking(vars(recipe))])
+        directory = options.output_directory(out, members.name)
         work = recipe.work()
         loaded = work.load()
         if not resume:
@@ -135,19 +141,23 @@ def _recipe(method: str, typed: dict[str, Any], settings: list[str] | None, *, d
     values = {**({"model": DEMO, "data": DEMO} if demo else {}), **typed, **({"options": shared} if shared else {})}
     if method.endswith(SUFFIXES):
         return read_recipe(method, values, own)
-    options.require_work(values.get("model"), values.get("data"))
+    options.require_work(values.get("model"), values.get("data"), values.get("forget"))
     named = {**values, "method": method}
     return make(merged(named, placed(named, own)))
 
 
 def _summary(result: RunResult) -> str:
     share = result.trainable_parameters / result.total_parameters
+    used = "" if result.used_parameters is None else f", of which {result.used_parameters:,} in use at the end"
     lines = [
         f"{result.label}: {result.metric} {result.final:.4f} after {result.steps} steps at learning rate "
-        f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}), "
+        f"{result.learning_rate:g}, {result.trainable_parameters:,} trainable parameters ({share:.2%}){used}, "
         f"{1000 * result.step_seconds:.0f} ms a step.",
         *result.remarks,
     ]
+    if result.forget is not None:
+        before, after = (result.forget[name] for name in ("before", "after"))
+        lines.append(f"Forget set, {result.forget['rows']} rows: loss {before:.4f} before and {after:.4f} after.")
     if result.model_dir:
         lines += [f"Model:   {result.model_dir}", f"Try it:  loratlas try {result.model_dir}"]
     else:

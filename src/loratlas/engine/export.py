@@ -25,6 +25,7 @@ from loratlas.engine.folder import PREFIX
 from loratlas.engine.layer import AtlasLayer
 from loratlas.engine.lora_form import LoraForm, lora_form, total_error
 from loratlas.engine.model import atlas_layers
+from loratlas.engine.nested import at_most
 from loratlas.engine.reload import Verification, base_modules, verify_reload
 from loratlas.engine.serving import (
     COMPONENTS,
@@ -91,7 +92,8 @@ def export_lora(
     The folder takes `directory`'s place only when everything has passed; until then what is there stays.
 
     Args:
-        rank: largest rank; None means exact. A smaller one takes the best approximation of each module's update.
+        rank: largest rank; None means exact. A smaller one takes the best approximation of each module's update, or the
+            adapter at that rank where the method has trained it for all (`nested`), which is exact.
         dtype: dtype of the factors in the file; the error of rounding is part of the report.
         ranks: "one" rank for all modules, padded with zeros, as servers want it; or "each" module its own, in the
             config's rank_pattern: the smaller file for stock PEFT where training chose the ranks. Modules without any
@@ -108,6 +110,22 @@ def export_lora(
             or biases that have no place, a failed check or verification, or `directory` is a file.
     """
     _check_options(rank, dtype, ranks, heads, component, check)
+    with at_most(model, rank, adapter_name):
+        return _export_lora(model, directory, adapter_name, rank, dtype, ranks, heads, component, check, verify)
+
+
+def _export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    adapter_name: str,
+    rank: int | None,
+    dtype: torch.dtype,
+    ranks: str,
+    heads: str,
+    component: str | None,
+    check: str | None,
+    verify: bool,
+) -> ExportReport:
     forms = {path: lora_form(path, layer, adapter_name, rank, dtype) for path, layer in _layers(model, adapter_name)}
     if ranks == "each":
         forms = {path: form for path, form in forms.items() if form.rank} or dict(itertools.islice(forms.items(), 1))

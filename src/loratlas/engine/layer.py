@@ -132,10 +132,12 @@ class AtlasLayer(nn.Module, Making):
         base: Any = self.base_layer
         method = self.method
         dropout = view.cfg.lora_dropout if self.training else 0.0
+        if method.overrides("whole") and can_fuse(base):
+            y = method.whole(view, x, self.op.canonical(base.weight), base.bias, dropout)
+            if y is not None:
+                return y
         if not isinstance(method, LowRankMethod):
-            if not (method.overrides("whole") and can_fuse(base)):
-                return None
-            return method.whole(view, x, self.op.canonical(base.weight), base.bias, dropout)
+            return None
         working = method.working(view)
         if can_fuse(base):
             weight, factors = working or (self.op.canonical(base.weight), method.factors(view))

@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from loratlas.engine.factors import Factors, low_rank_branch
 
 if TYPE_CHECKING:
+    from torch.utils.data import Sampler
+
     from loratlas.engine.layer import AtlasLayer
     from loratlas.engine.lifecycle import StepContext
     from loratlas.engine.ops import Op
@@ -87,6 +89,7 @@ class Method:
         derived: tensors computed from the others by `derive`; never saved.
         shared: frozen tensors of which all layers of an adapter use one copy (see `make_shared`).
         undecayed: those of `params` that an optimizer's weight decay leaves alone, whatever group they are in.
+        nested: the buffer () of how many of the first pairs are in use, where these are an adapter (see `nested`).
         chooses_rank: the start may `shrink` a layer's rank by a rule of the method; no reason to warn.
         additive: False for W' = f(W); then `merged` replaces `delta_weight`, and `output` may replace the forward.
     """
@@ -99,6 +102,7 @@ class Method:
     derived: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
     undecayed: ClassVar[tuple[str, ...]] = ()
+    nested: ClassVar[str] = ""
     chooses_rank: ClassVar[bool] = False
     additive: ClassVar[bool] = True
 
@@ -137,6 +141,17 @@ class Method:
     def gather(self, cfg: Any) -> tuple[str, ...]:
         """Statistics of the layer that `init` needs under this config (see `calibrate`); `t.statistics` has them."""
         return ()
+
+    def order(
+        self, cfg: Any, rows: int, per_step: int, total_steps: int, seed: int, lengths: Sequence[int] | None = None
+    ) -> Sampler[int] | None:
+        """The numbers of the `rows` training rows in the order in which optimizer steps use them, all steps in one go.
+
+        For methods whose steps see different parts of the data; None: the usual shuffled epochs. per_step: rows of one
+        step, of all its batches and ranks. lengths: of the rows, if those of a step shall have like ones. The result
+        may depend on nothing but the arguments.
+        """
+        return None
 
     def make_shared(self, cfg: Any, sizes: Sequence[tuple[int, int, int]]) -> dict[str, Tensor]:
         """{name: tensor} of everything in `shared`, fp32 on the CPU, made once before the layers are.
@@ -179,10 +194,11 @@ class Method:
         """
         return None
 
-    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
+    def whole(self, t: View, x: Tensor, weight: Tensor, bias: Tensor | None, dropout: float) -> Tensor | None:
         """Optional: x W^T + b and the branch together, for a plain dense layer with the (out, in) weight W.
 
-        For updates of full rank, which need more than thin products; those of thin factors have the fused op.
+        For updates of full rank, which need more than thin products; those of thin factors have the fused op. None
+        where it does not pay: then the layer goes on as if it were not there.
         """
         raise NotImplementedError
 

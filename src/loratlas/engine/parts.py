@@ -102,7 +102,14 @@ class Objective:
 
 @dataclass
 class ObjectiveConfig(Part):
-    """Makes a loss that replaces or extends the model's own."""
+    """Makes a loss that replaces or extends the model's own.
+
+    Attributes:
+        sets: names of sets of rows that it needs beside the training rows, such as "forget". A batch then holds as many
+            rows of the set, and under its name one boolean a row that says which they are.
+    """
+
+    sets: ClassVar[tuple[str, ...]] = ()
 
     def build(self, model: nn.Module) -> Objective:
         """The objective for `model`, with its adapter if it has one, before anything wraps it."""

@@ -34,12 +34,16 @@ def factorise(n: int, count: int) -> list[int]:
 
 def ring_matrix(cores: Sequence[Tensor]) -> Tensor:
     """T (prod I_d, prod I_d) of cores A_d (I_d, I_d, R, R)."""
+    if len(cores) == 1:
+        return torch.einsum("ijrr->ij", cores[0])
     product = cores[0]
-    for core in cores[1:]:
+    for core in cores[1:-1]:
         i, j = product.shape[0] * core.shape[0], product.shape[1] * core.shape[1]
         joined = torch.einsum("ijrs,klst->kiljrt", product, core)
         product = joined.reshape(i, j, *joined.shape[4:])
-    return torch.einsum("ijrr->ij", product)
+    # the ring closes with the last core: no matrix of T's size for each of its R^2 bonds
+    closed = torch.einsum("ijrs,klsr->kilj", product, cores[-1])
+    return closed.reshape(closed.shape[0] * closed.shape[1], -1)
 
 
 def chain(cores: Sequence[Tensor]) -> Tensor:

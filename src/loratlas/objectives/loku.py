@@ -116,6 +116,7 @@ class LoKUConfig(ObjectiveConfig):
     """
 
     name: ClassVar[str] = "loku"
+    sets: ClassVar[tuple[str, ...]] = (FORGET,)
 
     forget_loss: str = knob("ihl", "'ihl': the inverted hinge loss. 'ascent': minus the cross entropy.")
     retain_weight: float = knob(1.0, "Weight of the cross entropy on the retain set; 0: the forget set alone.")

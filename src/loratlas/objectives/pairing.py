@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from loratlas.errors import UserError
+from loratlas.linalg.shuffles import Shuffles
 from loratlas.objectives.loku import FORGET
 
 RETAIN = "retain"
@@ -44,7 +45,7 @@ class PairedData(Dataset[dict[str, Any]]):
         if passes < 1:
             raise UserError(f"PairedData: passes must be at least 1, but it is {passes}.")
         self.forget, self.retain, self.passes, self.seed = forget, retain, passes, seed
-        self._shuffles: dict[int, Tensor] = {}  # a cache, no state
+        self._partners = Shuffles(len(retain), seed) if retain is not None else None
 
     def __len__(self) -> int:
         return self.passes * len(self.forget)
@@ -59,13 +60,8 @@ class PairedData(Dataset[dict[str, Any]]):
 
     def partner(self, index: int) -> int:
         """Number of the retain item that goes with item `index`."""
-        assert self.retain is not None
-        # one stream of shuffles, so that every retain item comes once before any comes twice
-        shuffle, place = divmod(index, len(self.retain))
-        if shuffle not in self._shuffles:
-            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + shuffle) % 2**63)
-            self._shuffles[shuffle] = torch.randperm(len(self.retain), generator=generator)
-        return int(self._shuffles[shuffle][place])
+        assert self._partners is not None
+        return self._partners[index]
 
 
 class PairCollator:

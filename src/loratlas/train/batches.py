@@ -7,21 +7,21 @@ from typing import Any
 
 import pyarrow.compute as pc
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from datasets import Dataset
 from torch.utils.data import Sampler
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from loratlas.errors import UserError
+from loratlas.linalg.shuffles import by_length
 
-_SPAN = 50  # batches that are sorted together: enough for like lengths, few enough for other company in every epoch
 _COLUMN = "input_ids"
 
 
 class ByLength(Sampler[int]):
-    """Row numbers such that every `batch_size` of them have like lengths, the batches in random order.
+    """Row numbers such that every `batch_size` of them have like lengths, the batches in random order (`by_length`).
 
-    The rows are permuted, sorted by length 50 batches at a time, and the batches of each 50 are permuted. A pure
-    function of lengths, seed and epoch. (LengthGroupedSampler of transformers leaves the batches sorted, so that
+    A pure function of lengths, seed and epoch. (LengthGroupedSampler of transformers leaves the batches sorted, so that
     training goes through long and then short texts again and again, and draws from the global random state, so that a
     resumed run would see other batches.)
 
@@ -40,28 +40,41 @@ class ByLength(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed((self.seed << 20) + self.epoch)
-        rows = torch.randperm(len(self.lengths), generator=generator)
-        rest: list[int] = []  # the last batch of an epoch may be shorter, and stays the last
-        for span in rows.split(_SPAN * self.batch_size):
-            batches = span[self.lengths[span].argsort(stable=True)].split(self.batch_size)
-            for at in torch.randperm(len(batches), generator=generator).tolist():
-                batch = batches[at].tolist()
-                if len(batch) < self.batch_size:
-                    rest = batch
-                else:
-                    yield from batch
-        yield from rest
+        for batch in by_length(torch.arange(len(self.lengths)), self.lengths, self.batch_size, generator):
+            yield from batch.tolist()
 
 
 class LengthTrainer(Trainer):
-    """transformers' Trainer whose strategy "group_by_length" is `ByLength`."""
+    """transformers' Trainer whose strategy "group_by_length" is `ByLength`.
+
+    Attributes:
+        order: of the training rows, instead of the strategy's.
+        further_columns: of the rows, which the model's forward does not take and the loss does.
+    """
+
+    order: Sampler[int] | None = None
+    further_columns: tuple[str, ...] = ()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.order is not None:
+            return self.order
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         rows = self.train_dataset if train_dataset is None else train_dataset
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return ByLength(text_lengths(rows), self.args.per_device_train_batch_size, seed)
+        return usual_order(rows, self.args)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        known: Any = self._signature_columns
+        self._signature_columns: Any = list(dict.fromkeys([*(known or ()), *self.further_columns]))
+
+
+def usual_order(rows: Dataset, arguments: TrainingArguments) -> Sampler[int]:
+    """The order in which a `LengthTrainer` with `arguments` goes through `rows`, epoch after epoch."""
+    seed = arguments.seed if arguments.data_seed is None else arguments.data_seed
+    if arguments.train_sampling_strategy == "group_by_length":
+        return ByLength(text_lengths(rows), arguments.per_device_train_batch_size, seed)
+    return SeedableRandomSampler(rows, data_seed=seed)  # what accelerate puts in the place of the Trainer's own
 
 
 def text_lengths(rows: Dataset) -> list[int]:

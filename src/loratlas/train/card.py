@@ -54,9 +54,14 @@ def _heading(result: RunResult, cast: Cast, base: str | None) -> str:
         + "".join(f"{_introduced(each)}\n\n" for each in cast.members)
         + f"- Base model: {model}\n"
         f"- Data: {result.task}\n"
-        f"- Trained: {result.trainable_parameters:,} of {result.total_parameters:,} parameters"
+        f"- Trained: {result.trainable_parameters:,} of {result.total_parameters:,} parameters{_in_use(result)}"
         + (f"\n- Classes: {_classes(result.labels)}" if result.labels else "")
     )
+
+
+def _in_use(result: RunResult) -> str:
+    used = result.used_parameters
+    return "" if used is None else f", room included; the ranks in use at the end are {used:,}"
 
 
 def _introduced(member: Member) -> str:

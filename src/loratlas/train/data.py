@@ -33,6 +33,7 @@ class TaskData:
         description: one line for people.
         processor: the tokenizer or image processor.
         preprocess_logits: what Trainer keeps of a batch's logits, None for all.
+        forget: encoded rows of the forget set, None without one.
         work: the names by which all this can be loaded again; None if it was made in Python.
     """
 
@@ -45,6 +46,7 @@ class TaskData:
     processor: Any
     labels: list[str] | None = None
     preprocess_logits: Callable[..., Any] | None = None
+    forget: Dataset | None = None
     work: Work | None = None
     measure: Measure = field(init=False)
     greater_is_better: bool = field(init=False)
@@ -52,6 +54,15 @@ class TaskData:
     def __post_init__(self) -> None:
         self.measure = MEASURES[self.task]
         self.greater_is_better = self.metric not in LOWER_IS_BETTER
+
+    def for_trainer(self) -> dict[str, Any]:
+        """What a Trainer needs to batch and to evaluate."""
+        return {
+            "data_collator": self.collator,
+            "processing_class": self.processor,
+            "compute_metrics": self.measure,
+            "preprocess_logits_for_metrics": self.preprocess_logits,
+        }
 
     @property
     def num_labels(self) -> int:
@@ -68,6 +79,7 @@ def load_task(
     label_column: str | None = None,
     metric: str | None = None,
     max_length: int = 128,
+    forget: Dataset | None = None,
 ) -> TaskData:
     """Encode `tables` for `model`.
 
@@ -81,6 +93,7 @@ def load_task(
         label_column: None finds it by name.
         metric: headline metric, None for the task's usual one.
         max_length: longest text in tokens; length of a block for causal-lm.
+        forget: rows that a model shall unlearn, beside those of `tables`; for causal-lm.
 
     Raises:
         UserError: columns that do not exist or do not fit the task, rows without label, labels in the test rows that
@@ -92,12 +105,18 @@ def load_task(
     labels = None
     if columns.task != "causal-lm":
         tables, labels = encode_labels(tables, columns, name)
+    if forget is not None:
+        _fits_beside(forget, columns)
     encoded = encode.ENCODERS[columns.task](tables, columns, model, max_length)
+    blocks = None
+    if forget is not None:
+        blocks = encode.language_blocks(forget, "forget", columns, encoded["processor"], max_length)
     return TaskData(
         task=columns.task,
         metric=headline,
         description=_describe(name, tables, columns, labels),
         labels=labels.names if labels else None,
+        forget=blocks,
         **encoded,
     )
 
@@ -109,6 +128,15 @@ def _same_columns(tables: Tables, columns: Columns, name: str) -> None:
             raise UserError(
                 f"the test rows of {name} have no column {column!r}, which the training rows have: {there}."
             )
+
+
+def _fits_beside(forget: Dataset, columns: Columns) -> None:
+    if columns.task != "causal-lm":
+        raise UserError(f"a forget set is for language models: the task is {columns.task}, so leave --forget out.")
+    for column in columns.used:
+        if column not in forget.column_names:
+            there = ", ".join(forget.column_names)
+            raise UserError(f"the forget set has no column {column!r}, which the training rows have: {there}.")
 
 
 def _headline(task: str, metric: str | None) -> str:

@@ -48,6 +48,23 @@ def encode_texts(tables: Tables, columns: Columns, model: str, max_length: int) 
 def encode_language(tables: Tables, columns: Columns, model: str, max_length: int) -> dict[str, Any]:
     """The texts joined by end-of-text tokens and cut into blocks of `max_length`; a shorter rest is dropped."""
     tokenizer = _tokenizer(model)
+    named = (("training", tables.train), ("test", tables.test))
+    train, test = (language_blocks(rows, part, columns, tokenizer, max_length) for part, rows in named)
+    return {
+        "train": train,
+        "test": test,
+        "collator": default_data_collator,
+        "processor": tokenizer,
+        "preprocess_logits": token_losses,
+    }
+
+
+def language_blocks(rows: Dataset, part: str, columns: Columns, tokenizer: Any, max_length: int) -> Dataset:
+    """Blocks of `max_length` tokens; part: what the rows are, for errors.
+
+    Raises:
+        UserError: the texts are shorter than one block.
+    """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
     def blocks(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -56,19 +73,10 @@ def encode_language(tables: Tables, columns: Columns, model: str, max_length: in
         cut = [ids[at : at + max_length] for at in range(0, len(ids) - max_length + 1, max_length)]
         return {"input_ids": cut, "labels": [list(block) for block in cut]}
 
-    parts = []
-    for part, rows in (("training", tables.train), ("test", tables.test)):
-        encoded = _mapped(rows, blocks, keep=[])
-        if len(encoded) == 0:
-            raise UserError(f"the {part} texts are shorter than one block of {max_length} tokens: lower --max-length.")
-        parts.append(encoded)
-    return {
-        "train": parts[0],
-        "test": parts[1],
-        "collator": default_data_collator,
-        "processor": tokenizer,
-        "preprocess_logits": token_losses,
-    }
+    encoded = _mapped(rows, blocks, keep=[])
+    if len(encoded) == 0:
+        raise UserError(f"the {part} texts are shorter than one block of {max_length} tokens: lower --max-length.")
+    return encoded
 
 
 def encode_images(tables: Tables, columns: Columns, model: str, max_length: int) -> dict[str, Any]:

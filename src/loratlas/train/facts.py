@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loratlas.engine.layer import AtlasLayer
+from loratlas.engine.method import View
+from loratlas.engine.rank_log import LOG
 from loratlas.engine.serving import max_lora_rank
 
 _ADAPTER = "default"
+_NO_RANK = (1_000_003, 1_000_033)  # (out, in) that no rank is, to see which dimensions are one
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,32 @@ def facts(model: nn.Module, total_steps: int, remarks: Sequence[str] = ()) -> Fa
         max(known) if known and len(known) == len(ranks) else None,
         tuple(remarks),
     )
+
+
+def used_parameters(model: nn.Module, trainable: int) -> int | None:
+    """What of `trainable` parameters the ranks in use amount to; None where no adapter's ranks move.
+
+    Of adapters that keep a `rank_log`: its last entry in the place of every dimension that is a rank.
+    """
+    layers = [m for m in model.modules() if isinstance(m, AtlasLayer) and _ADAPTER in m.adapters()]
+    moving = [layer.view(_ADAPTER) for layer in layers if LOG in layer.method.buffers]
+    return trainable - sum(map(_unused, moving)) if moving else None
+
+
+def _unused(t: View) -> int:
+    """Numbers in the trained tensors of one layer that belong to no rank in use."""
+    if len(t.rank_log) == 0:
+        return 0
+    n_out, n_in = _NO_RANK
+    method, rank = t.layer.method, int(t.rank_log[-1, 1])
+    free = set(method.params) - set(method.frozen(t.cfg))
+    shapes = {name: shape for name, shape in method.shapes(t.cfg, t.r, n_in, n_out).items() if name in free}
+    unused = 0
+    for name, shape in shapes.items():
+        tensor = getattr(t, name)
+        used = (size if probe in _NO_RANK else rank for size, probe in zip(tensor.shape, shape, strict=True))
+        unused += tensor.numel() - math.prod(used)
+    return unused
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:

@@ -56,7 +56,7 @@ def _with_own(spec: RunSpec, own: Options) -> RunSpec:
 
 def misfits(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
     """What keeps any of `runs` from being built on the model; tried without storage, so it costs next to nothing."""
-    problems = []
+    problems: list[str] = []
     for name, spec in runs.items():
         if any(cast(spec).problems()):
             continue  # said already
@@ -68,7 +68,15 @@ def misfits(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
             _build(cast(spec), model, task)
         except UserError as error:
             problems.append(f"{name}: {' '.join(str(error).split())}")
-    return problems
+        problems += [text for _, text in cast(spec).lacking(vars(task))]
+    return problems or _idle(runs, task)
+
+
+def _idle(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
+    """What is wrong with sets of rows that none of `runs` asks for; those that do without stand for comparison."""
+    able = [each for each in map(cast, runs.values()) if not any(each.problems())]
+    said = [[text for _, text in each.idle(vars(task))] for each in able]
+    return said[0] if said and all(said) else []
 
 
 def _build(members: Cast, model: Any, task: TaskData) -> None:

@@ -54,6 +54,11 @@ class Recipe:
     test: str | None = _item(
         None, "Test rows: a file or a split's name; null: a validation or test split, or a tenth.", "Model and data"
     )
+    forget: str | None = _item(
+        None,
+        "Rows to forget, beside those of data, for objectives that unlearn: a file, a folder, a hub dataset.",
+        "Model and data",
+    )
     task: str | None = _item(None, f"{', '.join(TASKS)}; null: read off the columns.", "Model and data", choices=TASKS)
     text_columns: tuple[str, ...] = _item(
         (), "Column with the text, two for pairs; none: found by name.", "Model and data"

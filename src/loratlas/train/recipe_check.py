@@ -162,7 +162,7 @@ def _conflicts(values: Mapping[str, Any]) -> Iterator[Problem]:
 
     task, metric, texts = given("task"), given("metric"), _listed("text_columns", given("text_columns") or ())
     if given("data") == DEMO:
-        for name in ("test", "text_columns", "label_column"):
+        for name in ("test", "forget", "text_columns", "label_column"):
             if given(name):
                 yield Problem(name, f"{name} is for data of your own, but data is {DEMO}: leave it out.")
         if task not in (None, "text-classification"):
@@ -206,4 +206,7 @@ def _cast(values: Mapping[str, Any]) -> list[Problem]:
         spelled = spelled_out(values)
     except UserError as error:
         return [Problem(error.field or "method", str(error))]
-    return [Problem(name, text) for name, text in cast(SimpleNamespace(**spelled)).problems()]
+    found = cast(SimpleNamespace(**spelled))
+    said = list(found.problems())
+    # what is lacking is no mistake of a template yet, which is filled in by the command line: `train` looks for that
+    return [Problem(name, text) for name, text in said or found.idle(values)]

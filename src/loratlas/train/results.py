@@ -39,6 +39,9 @@ class RunResult:
         adapted_modules, scaling, export_rank: see `facts.Facts`.
         labels: names of the classes, None for tasks without.
         shared: other runs used the machine at the same time, so that times do not compare.
+        used_parameters: what the ranks in use at the end amount to, where ranks move and `trainable_parameters` counts
+            the room that they have; None for other methods.
+        forget: {"rows", "before", "after"}: the task's loss on the forget set before and after training, None without.
         forgetting: see `forgetting`, None where it was not measured.
     """
 
@@ -78,6 +81,8 @@ class RunResult:
     training_seconds: float = 0.0
     shared: bool = False
     forgetting: dict[str, Any] | None = None
+    forget: dict[str, Any] | None = None
+    used_parameters: int | None = None
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def to_dict(self) -> dict[str, Any]:
@@ -158,6 +163,7 @@ class Comparison:
                 "learning_rate": runs[0].learning_rate,
                 "steps": runs[0].steps,
                 "trainable_parameters": runs[0].trainable_parameters,
+                "used_parameters": _used(runs),
                 "steps_to_baseline": None if goal is None else self._steps_to(goal, runs),
                 "relative_step_time": _relative_time(runs, lora),
                 "peak_memory_bytes": max((run.peak_memory_bytes or 0 for run in runs), default=0) or None,
@@ -187,6 +193,12 @@ def _relative_time(runs: list[RunResult], lora: list[RunResult]) -> float | None
     if not lora or any(run.shared for run in (*runs, *lora)):
         return None
     return fmean(run.step_seconds for run in runs) / fmean(run.step_seconds for run in lora)
+
+
+def _used(runs: list[RunResult]) -> int | None:
+    """Mean over the runs; None where ranks do not move, or a run of an earlier version does not say."""
+    used = [run.used_parameters for run in runs if run.used_parameters is not None]
+    return round(fmean(used)) if len(used) == len(runs) else None
 
 
 def _forgetting(runs: list[RunResult]) -> dict[str, Any] | None:

@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from loratlas.catalog import System, load_entry
+from loratlas.engine.calibrate import needs
+from loratlas.engine.method import RELATIVE_FISHER
 from loratlas.engine.parts import Part
 from loratlas.errors import UserError
 from loratlas.train.methods import (
@@ -34,6 +36,8 @@ from loratlas.train.methods import (
 from loratlas.train.recipe import OPTION_MAPS, PARTS, Recipe
 from loratlas.train.spec import RunSpec
 
+FORGET = "forget"
+SETS = (FORGET,)  # what runs can carry beside the training rows
 PLAIN = "lora"  # the adapter of parts that need one and were named without
 
 
@@ -121,6 +125,33 @@ class Cast:
                 f"frozen: take {slug} as the method, without an adapter.",
             )
 
+    @property
+    def sets(self) -> dict[str, str]:
+        """{set of rows that the run needs beside the training rows: slug of the member that asks for it}."""
+        found: dict[str, str] = {}
+        if self.objective is not None:
+            found |= dict.fromkeys(self.objective.part().sets, self.objective.system.slug)
+        if self.adapter is not None and compares(configuration(self.adapter.system, self.adapter.options)):
+            found.setdefault(FORGET, self.adapter.system.slug)
+        return found
+
+    def lacking(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(set, what is wrong) for those in `sets` that `given` has not."""
+        for name, slug in self.sets.items():
+            if given.get(name) is None:
+                how = (
+                    f"give it with --{name}, or as {name} in a recipe."
+                    if name in SETS
+                    else "train it in your own loop."
+                )
+                yield name, f"{slug} needs a {name} set beside the training rows: {how}"
+
+    def idle(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """(set, what is wrong) for those in `given` that nobody asks for."""
+        for name in SETS:
+            if given.get(name) is not None and name not in self.sets:
+                yield name, f"{name} is given, but {self.name} has no use for it: add an objective that needs it."
+
     def _base(self) -> str:
         return " and ".join(part.system.slug for part in self.parts if _class(part.system).trains_base)
 
@@ -182,6 +213,11 @@ def with_defaults(recipe: Recipe) -> Recipe:
     """`recipe`, which is spelled out, with every option of its members written out."""
     fields: dict[str, Any] = {each.map: default_options(each.system) | each.options for each in cast(recipe).members}
     return replace(recipe, **fields)
+
+
+def compares(config: Any) -> bool:
+    """Whether the start of this adapter configuration compares the training rows with the forget set."""
+    return RELATIVE_FISHER in needs(config)
 
 
 def _trains_base(slug: str) -> bool:

@@ -8,14 +8,19 @@ import time
 from pathlib import Path
 from typing import Any
 
+from transformers import TrainingArguments
+
 from loratlas.analysis.adapter_folder import read_adapter
 from loratlas.analysis.ranks import rank_history
 from loratlas.analysis.recomposition import fresh_rates, recomposition_states, recompositions
 from loratlas.files import recover, write_json, write_text
 from loratlas.lock import locked
+from loratlas.train.batches import usual_order
+from loratlas.train.beside import InTurn, joined
 from loratlas.train.card import model_card
 from loratlas.train.data import TaskData
-from loratlas.train.facts import facts
+from loratlas.train.facts import facts, used_parameters
+from loratlas.train.measure import measured, own_metrics
 from loratlas.train.output import (
     CHECKPOINTS,
     RESULT,
@@ -31,7 +36,7 @@ from loratlas.train.reporters import check_reporters
 from loratlas.train.results import RunResult
 from loratlas.train.roles import cast, complete
 from loratlas.train.same_run import same_run
-from loratlas.train.setup import ready
+from loratlas.train.setup import own_order, ready
 from loratlas.train.spec import RunSpec, training_arguments
 from loratlas.train.stop import Stop
 from loratlas.train.watch import Diverged, Watch, WatchedTrainer
@@ -80,25 +85,30 @@ def _run(
     spec: RunSpec, task: TaskData, progress: Progress, checkpoint: str | None, stop: Stop | None, shared: bool
 ) -> RunResult:
     members = cast(spec)
-    raise_any([text for _, text in members.problems()])
+    raise_any([text for _, text in members.problems()] or [text for _, text in members.lacking(vars(task))])
     check_reporters(spec.report_to)
     rate = spec.learning_rate or members.rate
     made = ready(spec, members, task, rate)
+    arguments = training_arguments(spec, task, rate)
+    rows, order = task.train, own_order(made.model, task.train, arguments)
+    if made.beside is not None:
+        assert task.forget is not None  # members.lacking has seen to that
+        rows = joined(task.train, task.forget, made.beside)
+        order = InTurn(order or usual_order(task.train, arguments), len(task.train), len(task.forget), spec.seed)
+    forget = _Forget(made.model, task, arguments)
     watch = Watch(progress, task.metric, stop)
     trainer = WatchedTrainer(
         watch,
         made.make_optimizer,
         made.objective,
         model=made.model,
-        args=training_arguments(spec, task, rate),
-        train_dataset=task.train,
+        args=training_arguments(spec, task, rate, sets=2) if made.beside else arguments,
+        train_dataset=rows,
         eval_dataset=task.test,
-        data_collator=task.collator,
-        processing_class=task.processor,
-        compute_metrics=task.measure,
-        preprocess_logits_for_metrics=task.preprocess_logits,
         callbacks=made.callbacks,
+        **task.for_trainer(),
     )
+    trainer.order = order
     identity = same_run(spec, task, rate, made.options)
     trainer.checkpoint_extra, trainer.check_extra = identity.settings, identity.check
     known = facts(made.model, spec.steps, made.forecast(spec.steps))
@@ -149,11 +159,32 @@ def _run(
         labels=task.labels,
         training_seconds=sum(watch.times),
         shared=shared,
+        forget=forget.result(),
+        used_parameters=used_parameters(made.model, known.trainable_parameters),
     )
     write_text(weights / "README.md", model_card(result, members, task))
     write_json(Path(spec.output_dir) / RESULT, result.to_dict())
     progress.finished(result)
     return result
+
+
+class _Forget:
+    """The loss on the forget set, now and when `result` is called."""
+
+    def __init__(self, model: Any, task: TaskData, arguments: TrainingArguments) -> None:
+        self._model, self._task, self._arguments = model, task, arguments
+        self._before = self._loss()
+
+    def _loss(self) -> float | None:
+        if self._task.forget is None:
+            return None
+        return measured(self._model, self._task, self._arguments, self._task.forget)["eval_loss"]
+
+    def result(self) -> dict[str, Any] | None:
+        """See `RunResult.forget`."""
+        if self._task.forget is None:
+            return None
+        return {"rows": len(self._task.forget), "before": self._before, "after": self._loss()}
 
 
 def _moves(weights: Path, *, adam: bool) -> dict[str, Any]:
@@ -177,9 +208,7 @@ def _evaluated(trainer: WatchedTrainer) -> list[dict[str, float]]:
 
 
 def _evaluations(trainer: WatchedTrainer) -> list[dict[str, float]]:
-    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "epoch")
-    rows = [_without(row, *timing) for row in trainer.state.log_history if "eval_loss" in row]
-    return [{k if k == "eval_loss" else k.removeprefix("eval_"): v for k, v in row.items()} for row in rows]
+    return [own_metrics(row) for row in trainer.state.log_history if "eval_loss" in row]
 
 
 def _without(row: dict[str, Any], *names: str) -> dict[str, Any]:

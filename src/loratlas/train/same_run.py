@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from datasets import Dataset
+
 from loratlas.errors import UserError
 from loratlas.train.data import TaskData
 
@@ -47,7 +49,9 @@ def same_run(spec: RunSpec, task: TaskData, rate: float, options: dict[str, dict
     settings |= options
     settings["learning_rate"] = rate
     settings["eval_every"] = spec.evaluation_interval
-    settings["data"] = f"{task.description}, rows {_fingerprint(task)}"
+    settings["data"] = f"{task.description}, rows {_fingerprint(task.train)}"
+    if task.forget is not None:
+        settings["forget"] = f"{len(task.forget)} rows {_fingerprint(task.forget)}"
     return SameRun(json.loads(json.dumps(settings, default=str)))
 
 
@@ -58,9 +62,9 @@ def _changes(name: str, old: Any, new: Any) -> list[str]:
     return [] if old == new else [f"{name} was {old!r} and is {new!r}"]
 
 
-def _fingerprint(task: TaskData) -> str:
-    """A hash of the encoded training rows, of `_SAMPLE` of them at equal distances where there are more."""
-    rows = task.train.with_format("arrow")  # undecoded: images as their bytes or file
+def _fingerprint(encoded: Dataset) -> str:
+    """A hash of the rows, of `_SAMPLE` of them at equal distances where there are more."""
+    rows = encoded.with_format("arrow")  # undecoded: images as their bytes or file
     digest = hashlib.sha256()
     for row in rows[range(0, len(rows), max(1, len(rows) // _SAMPLE))].to_pylist():
         for name, value in sorted(row.items()):

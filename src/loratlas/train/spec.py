@@ -73,12 +73,12 @@ class RunSpec:
         return self.eval_every or max(1, self.steps // 5)
 
 
-def training_arguments(spec: RunSpec, task: TaskData, rate: float) -> TrainingArguments:
-    """rate: the learning rate, where the catalogue has chosen it."""
+def training_arguments(spec: RunSpec, task: TaskData, rate: float, sets: int = 1) -> TrainingArguments:
+    """rate: the learning rate, where the catalogue has chosen it. sets: of rows that a training batch carries."""
     return TrainingArguments(
         output_dir=str(Path(spec.output_dir) / CHECKPOINTS),
         max_steps=spec.steps,
-        per_device_train_batch_size=spec.batch_size,
+        per_device_train_batch_size=sets * spec.batch_size,
         per_device_eval_batch_size=2 * spec.batch_size,
         gradient_accumulation_steps=spec.gradient_accumulation,
         learning_rate=rate,

@@ -52,18 +52,8 @@ def read_tables(data: str, test: str | None = None, limit: int | None = None, se
     Raises:
         UserError: nothing there, an unknown format, a broken line (with file and line), or no rows.
     """
-    path = Path(data)
-    if path.is_file():
-        parts = {"train": _read_file(path)}
-    elif path.is_dir():
-        parts = _read_folder(path)
-    elif path.suffix in _READERS or data.startswith((".", "/", "~")):
-        raise UserError(f"there is no file or folder {data}.")
-    else:
-        parts = _read_hub(data)
-    train = parts.get("train")
-    if train is None:
-        raise UserError(f"{data} has no training rows: it has {', '.join(parts) or 'nothing'}, but no split 'train'.")
+    parts = _parts(data)
+    train = parts["train"]
     held, split = _test_rows(data, parts, test)
     if held is None:
         if len(train) < 10:
@@ -74,6 +64,34 @@ def read_tables(data: str, test: str | None = None, limit: int | None = None, se
         if len(rows) == 0:
             raise UserError(f"{data} has no {name} rows.")
     return Tables(train, held, split).limited(limit, seed)
+
+
+def read_rows(data: str, limit: int | None = None, seed: int = 0) -> Dataset:
+    """The training rows of `data` as `read_tables` reads them, with none held out.
+
+    Raises:
+        UserError: as `read_tables`.
+    """
+    rows = _parts(data)["train"]
+    if len(rows) == 0:
+        raise UserError(f"{data} has no rows.")
+    return rows if limit is None else _first(rows, limit, seed)
+
+
+def _parts(data: str) -> dict[str, Dataset]:
+    """{split: rows}, "train" among them."""
+    path = Path(data)
+    if path.is_file():
+        parts = {"train": _read_file(path)}
+    elif path.is_dir():
+        parts = _read_folder(path)
+    elif path.suffix in _READERS or data.startswith((".", "/", "~")):
+        raise UserError(f"there is no file or folder {data}.")
+    else:
+        parts = _read_hub(data)
+    if "train" not in parts:
+        raise UserError(f"{data} has no training rows: it has {', '.join(parts) or 'nothing'}, but no split 'train'.")
+    return parts
 
 
 def _test_rows(data: str, parts: dict[str, Dataset], test: str | None) -> tuple[Dataset | None, str]:

@@ -95,6 +95,7 @@ class WatchedTrainer(AtomicCheckpoints, LengthTrainer):
     ) -> None:
         super().__init__(**kwargs)
         self._make_optimizer, self._objective = make_optimizer, objective
+        self.further_columns = objective.own if objective is not None else ()
         self.remove_callback(PrinterCallback)
         # Trainer takes a model's **kwargs for a promise to divide its loss by the items of all accumulated batches;
         # most classifiers break it. Our batches have equal numbers of items, so the mean of their means is right.

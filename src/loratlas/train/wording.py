@@ -24,7 +24,7 @@ def row_cells(comparison: dict[str, Any], row: Row) -> list[str]:
         "metric": _metric(row),
         "difference": "-" if row["difference"] is None else signed(row["difference"]),
         "rate": f"{row['learning_rate']:g}",
-        "parameters": f"{row['trainable_parameters']:,}",
+        "parameters": _parameters(row),
         "steps": "not reached" if row["steps_to_baseline"] is None else f"{row['steps_to_baseline']:,}",
         "time": "-" if row["relative_step_time"] is None else f"{row['relative_step_time']:.2f}",
         "memory": "-" if row["peak_memory_bytes"] is None else _size(row["peak_memory_bytes"]),
@@ -101,7 +101,7 @@ def _columns(comparison: dict[str, Any]) -> Sequence[tuple[str, str]]:
         (str(metric), "metric", True),
         (f"difference to {baseline}", "difference", any(row["difference"] for row in rows)),
         ("learning rate", "rate", bool(comparison["rates"])),
-        ("trainable parameters", "parameters", True),
+        (f"trainable parameters{' (used / room)' if any(map(_moves, rows)) else ''}", "parameters", True),
         (f"steps to the final {metric} of {baseline}", "steps", True),
         ("step time (LoRA = 1)", "time", True),
         ("peak memory", "memory", True),
@@ -115,6 +115,16 @@ def _metric(row: Row) -> str:
         return "not finite"
     half = row["interval"]["half"]
     return f"{row['interval']['mean']:.4f}" + ("" if half is None else f" ± {half:.4f}")
+
+
+def _moves(row: Row) -> bool:
+    """Whether the method's ranks move; rows of earlier versions do not say."""
+    return row.get("used_parameters") is not None
+
+
+def _parameters(row: Row) -> str:
+    room = f"{row['trainable_parameters']:,}"
+    return f"{row['used_parameters']:,} / {room}" if _moves(row) else room
 
 
 def _forgetting(row: Row) -> str:

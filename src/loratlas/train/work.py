@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from loratlas.train import demo
 from loratlas.train.data import TaskData, load_task
-from loratlas.train.tables import read_tables
+from loratlas.train.tables import read_rows, read_tables
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Work:
     Attributes:
         model: hub id or path; None is the demo's.
         data: file, folder or dataset of the hub; None is the demo's.
+        forget: set of rows beside those of `data`, as `tables.read_rows` takes it, for objectives that unlearn it.
         max_length: None means 128, and `demo.MAX_LENGTH` for the demo's texts.
     """
 
@@ -28,6 +29,7 @@ class Work:
     metric: str | None = None
     max_length: int | None = None
     limit: int | None = None
+    forget: str | None = None
 
     @property
     def base(self) -> str:
@@ -55,6 +57,7 @@ class Work:
             label_column=self.label_column,
             metric=self.metric,
             max_length=self.length,
+            forget=None if self.forget is None else read_rows(self.forget, self.limit),
         )
         task.work = self
         return task
