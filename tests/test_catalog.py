@@ -23,7 +23,8 @@ def test_it_holds_the_56_systems() -> None:
     assert len(SLUGS.split()) == 56
     assert sorted(row.slug for row in systems()) == sorted(SLUGS.split())
     assert len({row.paper for row in systems()}) == 56
-    assert [row.slug for row in baselines()] == ["lora", "pissa", "srlora-gradient", "peft-lora", "lora-xs", "miss"]
+    beside = ["lora", "pissa", "srlora-gradient", "peft-lora", "lora-xs", "miss", "lora-plus"]
+    assert [row.slug for row in baselines()] == beside
 
 
 @pytest.mark.parametrize("row", [*systems(), *baselines()], ids=lambda row: row.slug)

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from loratlas.optim.fira import FiraAdamW, FiraConfig, FiraRMSProp
     from loratlas.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, GaLoreConfig
     from loratlas.optim.lora_ggpo import LoraGgpoConfig, PerturbedAdamW
+    from loratlas.optim.lora_plus import LoraPlusConfig, lora_plus
     from loratlas.optim.lora_pro import LoraPro, LoraProConfig
     from loratlas.strategies.lisa import LisaCallback, LisaConfig
     from loratlas.strategies.lt_sft import LtSftCallback, LtSftConfig
@@ -88,6 +89,7 @@ __all__ = [
     "LoLDUConfig",
     "LoraGAConfig",
     "LoraGgpoConfig",
+    "LoraPlusConfig",
     "LoraPro",
     "LoraProConfig",
     "LoraSBConfig",
@@ -118,6 +120,7 @@ __all__ = [
     "compose_deltas",
     "load_checkpoint",
     "load_lora",
+    "lora_plus",
     "newest_checkpoint",
     "relative_fisher",
     "replace_linears",
@@ -157,6 +160,8 @@ _HOMES = {
     "attach": "loratlas.engine.lifecycle",
     "LoraGgpoConfig": "loratlas.optim.lora_ggpo",
     "PerturbedAdamW": "loratlas.optim.lora_ggpo",
+    "LoraPlusConfig": "loratlas.optim.lora_plus",
+    "lora_plus": "loratlas.optim.lora_plus",
     "LoraPro": "loratlas.optim.lora_pro",
     "LoraProConfig": "loratlas.optim.lora_pro",
     "load_lora": "loratlas.adapters.load_lora",

@@ -21,7 +21,7 @@ from loratlas.engine.export import export_lora, export_merged
 from loratlas.engine.method import View
 from loratlas.engine.ops import kind_of, op_for
 
-ADAPTERS = {s.slug: s for s in [*systems(kind="adapter"), *baselines()] if s.entry.startswith("loratlas.")}
+ADAPTERS = {s.slug: s for s in (*systems(), *baselines()) if s.kind == "adapter" and s.entry.startswith("loratlas.")}
 SMALL: dict[str, dict[str, Any]] = {
     "bone": {"r": 2},
     "lora-sb": {"init_lr": 0.01},

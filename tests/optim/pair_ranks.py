@@ -1,4 +1,4 @@
-"""Run by `test_pairs_distributed.py` on two ranks: both optimizers on pairs under DDP, and FSDP2 refused."""
+"""Run by `test_pairs_distributed.py` on two ranks: every optimizer on pairs under DDP, and FSDP2 refused."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ from toys import adapted, inputs, trainable
 from loratlas import UserError, attach
 from loratlas.engine.parts import OptimizerConfig
 from loratlas.optim.lora_ggpo import METHODS, LoraGgpoConfig
+from loratlas.optim.lora_plus import LoraPlusConfig
 from loratlas.optim.lora_pro import MODES, LoraProConfig
 
 CONFIGS: list[OptimizerConfig] = [
     *(LoraProConfig(mode=mode) for mode in MODES),
     *(LoraGgpoConfig(method=method, sigma=0.3) for method in METHODS),
+    LoraPlusConfig(),
 ]
 
 

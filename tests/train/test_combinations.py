@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "adapters"))
 from test_every_method import ADAPTERS, calibrated
 
 from loratlas import UserError, attach
-from loratlas.catalog import find, load_entry, systems
+from loratlas.catalog import baselines, find, load_entry, systems
 from loratlas.train.recipe import OPTION_MAPS
 from loratlas.train.roles import Cast, cast, spelled_out
 
@@ -36,7 +36,8 @@ VOCAB = 32
 
 def slugs(kind: str) -> list[str]:
     toys = [slug for slug, (of, _) in ROWS.items() if of == kind]
-    return list(dict.fromkeys([*(system.slug for system in systems(kind=kind, status="implemented")), *toys]))
+    found = (*systems(kind=kind, status="implemented"), *(system for system in baselines() if system.kind == kind))
+    return list(dict.fromkeys([*(system.slug for system in found), *toys]))
 
 
 class Language(nn.Module):

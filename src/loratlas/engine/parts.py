@@ -50,7 +50,7 @@ class OptimizerConfig(Part):
     """Makes a torch optimizer over the parameters of a model that require gradients."""
 
     def build(self, model: nn.Module, lr: float, weight_decay: float = 0.0) -> Optimizer:
-        """The optimizer with its parameter groups; schedulers see `lr` as every group's base rate."""
+        """The optimizer with its parameter groups, whose base rates for schedulers are `lr` or multiples of it."""
         raise NotImplementedError
 
 
