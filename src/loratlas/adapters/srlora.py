@@ -294,7 +294,7 @@ class SRLora(LowRankMethod):
     def next_directions(self, t: View, slots: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """(down, up) of the next directions, one for each of `slots` or fewer."""
         if t.cfg.sketches:
-            return reservoir.sketched(t, slots)
+            return reservoir.sketched(t, slots, t.cfg.fresh_length)
         if t.RA.shape[0] == 0:
             return self.redecompose(t, len(slots), ctx)
         return reservoir.take(t, len(slots))

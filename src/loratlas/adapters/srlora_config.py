@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from loratlas.engine.config import SvdConfig, knob
+from loratlas.engine.reservoir import LORA_LENGTH
 from loratlas.errors import UserError
 
 # what makes the directions of the gradient pay, see benchmarks/srlora_study.py
@@ -62,6 +63,11 @@ class SRLoraConfig(SvdConfig):
     )
     sketch_steps: int = knob(4, "Steps before an event in which directions of gradient or activation are gathered.")
     fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
+    fresh_length: float = knob(
+        LORA_LENGTH,
+        "Length of a direction of gradient or activation on which a pair starts again (ours). As inputs are far longer "
+        "along such directions, shorter ones keep the update's first steps as large as those of LoRA.",
+    )
     budget: str = knob(
         "layer",
         "Pairs of an event: as many in every layer ('layer'), or as many in all, the lowest scores relative to their "
@@ -109,6 +115,7 @@ class SRLoraConfig(SvdConfig):
         super().__post_init__()
         self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
         self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
+        self._require(self.fresh_length > 0.0, "fresh_length", "positive")
         self._require(self.settle_steps >= 1, "settle_steps", "at least 1")
         self._require(self.settle_tolerance >= 0.0, "settle_tolerance", "at least 0")
         self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")

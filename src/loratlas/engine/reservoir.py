@@ -2,8 +2,8 @@
 
 RA (k, in), RB (out, k) are k pairs that wait, in the order of their use. For directions of the gradient dL/dW or of the
 layer's input x there are none; a sketch Z (r + 4, in) is gathered in the backward passes of the last steps before an
-event, (g P)^T x of the one and (x P)^T x of the other, and new pairs start at (a, 0) with orthonormal rows a of its
-leading row space, as long as LoRA's start has them on average, 3^(-1/2).
+event, (g P)^T x of the one and (x P)^T x of the other, and new pairs start at (a, 0) with orthogonal rows a of its
+leading row space.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from loratlas.engine.sharded import averaged, several_ranks, whole
 
 BUFFERS = ("RA", "RB", "sketch")
 GROWING = ("RA", "RB")
-LENGTH = 3**-0.5
+LORA_LENGTH = 3**-0.5  # of a row of A as LoRA draws it, in the root mean square
 
 
 def shapes(r: int, spare: int, n_in: int, n_out: int, *, sketched: bool) -> dict[str, tuple[int, ...]]:
@@ -96,9 +96,9 @@ def empty(t: View) -> None:
         forget(t)
 
 
-def sketched(t: View, slots: Tensor) -> tuple[Tensor, Tensor]:
-    """(down, up) of new pairs for `slots` (k,) from the sketch, which is emptied."""
+def sketched(t: View, slots: Tensor, length: float) -> tuple[Tensor, Tensor]:
+    """(down, up) of new pairs for `slots` (k,) from the sketch, which is emptied; length: of the rows of down."""
     stays = torch.ones(len(t.A), dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
     rows = sketch.directions(t.sketch, len(slots), whole(t.A)[stays])
     empty(t)
-    return rows * LENGTH, torch.zeros_like(whole(t.B)[:, slots])
+    return rows * length, torch.zeros_like(whole(t.B)[:, slots])
