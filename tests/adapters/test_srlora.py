@@ -510,6 +510,23 @@ def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(
                 assert torch.equal(getattr(ours, name), value), name
 
 
+def test_a_further_stage_has_events_of_its_own() -> None:
+    model, x = adapted("srlora", init_weights="lora", **GRADIENT), inputs()
+    optimizer = adamw(model)
+    lifecycle = attach(model, optimizer, total_steps=20)
+    train(model, x, steps=20, optimizer=optimizer)
+    lifecycle.remove()
+    t = view(model)
+    first, optimizer = t.log.clone(), adamw(model)
+    attach(model, optimizer, total_steps=20, restart=True)
+    assert not t.born.any()
+    train(model, x, steps=20, optimizer=optimizer)
+    second = t.log[len(first) :]
+    assert torch.equal(t.log[: len(first)], first)
+    assert torch.equal(second[:, 0], first[:, 0])  # the same steps of the new stage
+    assert torch.equal(second[:, 3], first[:, 3] + len(first))  # on directions that have new numbers
+
+
 def test_fresh_pairs_warm_up() -> None:
     factors = SRLora.warmed(torch.tensor([0, 4, 6, 9]), 10, 3)
     assert factors.tolist() == [1.0, 1.0, 1.0, 0.25]

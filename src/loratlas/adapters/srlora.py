@@ -172,6 +172,9 @@ class SRLora(LowRankMethod):
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         for t in views:
             reservoir.forget(t)
+            if ctx.step == 0:  # a further stage has events of its own, and no pair is fresh at its start
+                t.events.zero_()
+                t.born.zero_()
         if views[0].cfg.trigger == "settled":
             settling.begin(views, [self.event_steps(t, ctx.total_steps) for t in views], ctx)
         self.watch(views, ctx)
