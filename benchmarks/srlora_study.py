@@ -32,11 +32,12 @@ from loratlas.files import write_json
 
 LORA_START = {"init_weights": "lora", "reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3}
 GRADIENT = {**LORA_START, "select": "oldest"}
-# "multiple" (r_target / r) and "gamma" here come before those of the command line; "optimizer" is the run's
+# "multiple" (r_target / r) and "gamma" here come before those of the command line; "ratio" is LoRA+'s
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "rslora": ("lora", {"use_rslora": True}),
-    "lora-plus": ("lora", {"optimizer": "lora-plus"}),
+    "lora-plus": ("lora", {"ratio": 16.0}),
+    "lora-plus-4": ("lora", {"ratio": 4.0}),
     "pissa": ("pissa", {}),
     "paper": ("srlora", {"schedule": "paper"}),
     "spread": ("srlora", {}),
@@ -139,7 +140,7 @@ def _run(
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     slug, own = ARMS[name][0], dict(ARMS[name][1])
-    optimizer = own.pop("optimizer", None)
+    ratio = own.pop("ratio", None)
     r, steps = shared["r"], shared["steps"]
     # rsLoRA divides by sqrt(r): the same s all the same
     alpha = scale * (r**0.5 if own.get("use_rslora") else r)
@@ -152,7 +153,8 @@ def _run(
         spec = RunSpec(slug, demo.demo_model(), str(folder), seed=seed, steps=steps, learning_rate=rate)
         spec.bf16 = spec.group_by_length = not shared["plain"]
         spec.eval_every, spec.options = max(1, steps // 6 if phase == "final" else steps), options
-        spec.optimizer = optimizer
+        if ratio is not None:
+            spec.optimizer, spec.optimizer_options = "lora-plus", {"ratio": ratio}
         result = run(spec, task)
     shutil.rmtree(folder)
     curve = [[row["step"], row[task.metric]] for row in result.evals]
