@@ -15,6 +15,7 @@ from transformers import BertConfig, BertModel
 from loratlas import AtlasLoraConfig, SRLoraConfig, attach, calibrate
 from loratlas.catalog import load_entry
 from loratlas.engine.calibrate import needs
+from loratlas.errors import UserError
 from loratlas.train.methods import build_config, trainable
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -123,6 +124,17 @@ def make_arm(name: str, setting: Setting, r: int = RANK) -> Arm:
     if name.startswith("srlora"):
         arm.pass_events(total)
     return arm
+
+
+def takes_dropout(name: str) -> bool:
+    """Whether the method of the catalogue has a branch beside the weight to drop from."""
+    try:
+        load_entry(trainable(name))(lora_dropout=0.1)
+    except UserError as error:
+        if error.field != "lora_dropout":
+            raise
+        return False
+    return True
 
 
 def adapted_arm(config: PeftConfig, setting: Setting, total: int, encoder: BertModel | None = None) -> Arm:

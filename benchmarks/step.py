@@ -20,7 +20,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from arms import ARMS, BF16, FP32, PARTS, QUICK, RANK, SETTINGS, TWINS, Arm, Setting, make_arm, trained
+from arms import ARMS, BF16, FP32, PARTS, QUICK, RANK, SETTINGS, TWINS, Arm, Setting, make_arm, takes_dropout, trained
 from paired import RESULTS, Bar, Spread, Table, bars_table, ratio, save, shuffled
 from torch import Tensor
 
@@ -49,7 +49,8 @@ def main(
     data: list[dict[str, Any]] = []
     equal: dict[str, dict[str, float]] = {}
     for each in _chosen(QUICK if quick else SETTINGS, setting):
-        further = [name for own in method or () for name in (TWINS.get(own), own) if name]
+        joining = [own for own in method or () if not each.dropout or takes_dropout(own)]
+        further = [name for own in joining for name in (TWINS.get(own), own) if name]
         names = [name for name in each.arms() if not arm or name in arm] + further
         if not names:
             continue

@@ -59,6 +59,19 @@ def test_a_quick_run(load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert all(bar["claim"] in page for bar in found["bars"])
 
 
+def test_what_has_no_dropout_stays_out_of_those_settings(load: Any, tmp_path: Path) -> None:
+    import typer
+
+    step, out = load("benchmarks/step.py"), tmp_path / "step.json"
+    app = typer.Typer()
+    app.command()(step.main)
+    chosen = ["--setting", "tiny-fp32", "--setting", "tiny-fp32-dropout", "--arm", "lora", "--method", "bone"]
+    command = ["--quick", "--rounds", "1", *chosen, "--out", str(out)]
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    arms = [set(each["arms"]) for each in json.loads(out.read_text())["data"]]
+    assert arms == [{"lora", "peft-bat", "bone"}, {"lora"}]
+
+
 def test_methods_beside_the_lora_of_as_many_parameters(load: Any, tmp_path: Path) -> None:
     import typer
 

@@ -145,6 +145,19 @@ def test_the_search_goes_on_while_the_best_is_the_outermost(bert: str, reviews: 
         compare(["lora"], spec(bert, tmp_path / "x", learning_rate=None), reviews, widen=-1)
 
 
+def test_members_that_share_an_adapter_have_searches_of_their_own(bert: str, reviews: TaskData, tmp_path: Path) -> None:
+    untuned = spec(bert, tmp_path, learning_rate=None)
+    rules: dict[str, Any] = {"seeds": [0], "grid": [1e-5, 2e-2], "widen": 1, "search_steps": 30}
+    result = compare(["lora", "lora+lora-plus"], untuned, reviews, **rules)
+    for method in ("lora", "lora+lora-plus"):
+        tried = [run.learning_rate for run in result.search_runs if run.method == method]
+        assert len(set(tried)) == len(tried)
+        assert tried[:2] == [1e-5, 2e-2]
+        best = max(run.final for run in result.search_runs if run.method == method and run.diverged_at is None)
+        mine = [run.learning_rate for run in result.search_runs if run.method == method and run.final == best]
+        assert result.rates[method] == min(mine)
+
+
 def test_the_rate_beyond() -> None:
     assert beyond([2.0, 1.0], [searched(1, 0.1), searched(2, 0.9)]) == 4.0
     assert beyond([1.0, 2.0], [searched(1, 0.9), searched(2, 0.1)]) == 0.5

@@ -45,6 +45,7 @@ class Stages:
         self.labels = {name: cast(spec).label for name, spec in specs.items()}
         self.steps = dict.fromkeys(specs, plan.spec.steps)
         self._jobs: list[Job] = []
+        self._trials: dict[str, list[Job]] = {name: [] for name in specs}
         self._done: dict[str, RunResult] = {}
         self._choices: list[str] = []
 
@@ -90,11 +91,13 @@ class Stages:
     def _trial(self, slug: str, rate: float) -> Job:
         steps = self.plan.search_steps or self.steps[slug]
         fields = {"steps": steps, "eval_every": steps, "learning_rate": rate, "seed": search_seed(self.plan.seeds)}
-        return self._job("search", slug, f"search/{slug}-lr{rate:g}", f", learning rate {rate:g}", **fields)
+        trial = self._job("search", slug, f"search/{slug}-lr{rate:g}", f", learning rate {rate:g}", **fields)
+        self._trials[slug].append(trial)
+        return trial
 
     def _searched(self, slug: str) -> tuple[list[float], list[RunResult]]:
         """The rates tried with `slug`, and those runs that came to an end."""
-        jobs = [job for job in self._jobs if job.part == "search" and job.spec.method == self.specs[slug].method]
+        jobs = self._trials[slug]
         done = [self._done[job.spec.output_dir] for job in jobs if job.spec.output_dir in self._done]
         return [job.spec.learning_rate for job in jobs if job.spec.learning_rate is not None], done
 
