@@ -6,7 +6,8 @@
 The model is all-MiniLM-L6-v2 in bf16 mixed precision, with all linear layers adapted and texts of like lengths in a
 batch. Every arm gets the same grid of learning rates and scales s = alpha / r, searched with one seed on rows held out
 of the training rows; the pair that is best there runs with every seed on the test rows, and LoRA again under other
-seeds for the noise floor. A run that is done is not done again: the folder --out keeps one file a run.
+seeds for the noise floor. With --screen only arms that come that near to LoRA on the held-out rows go on to the test
+rows. A run that is done is not done again: the folder --out keeps one file a run.
 
 With --plain everything is in fp32 and batches are not grouped. Writes
 benchmarks/results/srlora_study_<data>_r<rank>[_plain].json: searches, finals, curves, paired intervals against LoRA.
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,10 +32,12 @@ from loratlas.files import write_json
 
 LORA_START = {"init_weights": "lora", "reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3}
 GRADIENT = {**LORA_START, "select": "oldest"}
-# "multiple" (r_target / r) and "gamma" here come before those of the command line
+# "multiple" (r_target / r) and "gamma" here come before those of the command line; "ratio" is LoRA+'s
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),
     "rslora": ("lora", {"use_rslora": True}),
+    "lora-plus": ("lora", {"ratio": 16.0}),
+    "lora-plus-4": ("lora", {"ratio": 4.0}),
     "pissa": ("pissa", {}),
     "paper": ("srlora", {"schedule": "paper"}),
     "spread": ("srlora", {}),
@@ -45,11 +49,18 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-cold": ("srlora", {**LORA_START, "fresh_warmup": 0}),
     "gradient-score": ("srlora", LORA_START),
     "gradient": ("srlora", GRADIENT),
+    "gradient-short": ("srlora", {**GRADIENT, "fresh_length": 0.3}),
+    "gradient-shorter": ("srlora", {**GRADIENT, "fresh_length": 0.15}),
+    "gradient-short-5r": ("srlora", {**GRADIENT, "fresh_length": 0.3, "multiple": 5}),
     "gradient-6r": ("srlora", {**GRADIENT, "multiple": 6}),
     "gradient-all": ("srlora", {**GRADIENT, "gamma": 1.0}),
     "gradient-all-4r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 4}),
     "gradient-all-5r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 5}),
     "gradient-all-7r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 7}),
+    "settled": ("srlora", {**GRADIENT, "trigger": "settled"}),
+    "activation": ("srlora", {**GRADIENT, "reservoir": "activation"}),
+    "minor": ("srlora", {**LORA_START, "reservoir": "minor"}),
+    "global": ("srlora", {**LORA_START, "budget": "global"}),
 }
 _BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000
 Rows = list[dict[str, Any]]
@@ -67,6 +78,7 @@ def main(
     seeds: Annotated[int, typer.Option(min=1)] = 3,
     steps: Annotated[int, typer.Option(min=1)] = 120,
     max_length: int = 48,
+    screen: Annotated[float | None, typer.Option(min=0, help="How far behind LoRA an arm's search may be.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="fp32 and batches in plain random order: slower.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = Path("runs/srlora-study"),
 ) -> None:
@@ -87,13 +99,16 @@ def main(
         search = [_run(place, name, point, _SEARCH_SEED, searched, "search", shared) for point in grid]
         best = max(search, key=lambda row: (row["final"] if row["diverged_at"] is None else -1.0, -row["rate"]))
         point = best["rate"], best["scale"]
-        again = [_AGAIN + seed for seed in range(seeds)] if name == _BASELINE else []
-        finals = [_run(place, name, point, seed, tested, "final", shared) for seed in [*range(seeds), *again]]
-        found[name] = {"search": search, "rate": point[0], "scale": point[1], "runs": finals}
+        found[name] = {"search": search, "rate": point[0], "scale": point[1]}
+        lead = best["final"] - max(row["final"] for row in found[_BASELINE]["search"])
+        wanted = list(range(seeds)) if screen is None or lead >= -screen else []
+        again = [_AGAIN + seed for seed in wanted] if name == _BASELINE else []
+        runs = [_run(place, name, point, seed, tested, "final", shared) for seed in [*wanted, *again]]
+        found[name] |= {"lead": lead, "runs": runs}
         by_seed = {arm: {row["seed"]: row["final"] for row in each["runs"]} for arm, each in found.items()}
         first = {seed: value for seed, value in by_seed[_BASELINE].items() if seed < _AGAIN}
         floor = statistics.noise_floor(first, {s: v for s, v in by_seed[_BASELINE].items() if s >= _AGAIN}, _AGAIN)
-        for other, each in found.items():
+        for other, each in ((arm, each) for arm, each in found.items() if each["runs"]):
             each["against_lora"] = _plain(statistics.paired(by_seed[other], first))
             each["steps_to_lora"] = _steps_to(each["runs"], sum(first.values()) / len(first), seeds)
         _write(data.name, rank, {**shared, "metric": metric, "grid": grid, "noise": _plain(floor), "arms": found})
@@ -125,18 +140,21 @@ def _run(
     if file.is_file():
         return json.loads(file.read_text(encoding="utf-8"))
     slug, own = ARMS[name][0], dict(ARMS[name][1])
+    ratio = own.pop("ratio", None)
     r, steps = shared["r"], shared["steps"]
     # rsLoRA divides by sqrt(r): the same s all the same
     alpha = scale * (r**0.5 if own.get("use_rslora") else r)
     target = r * own.pop("multiple", shared["multiple"])
     moving = {"r_target": target, "gamma": shared["gamma"]} if slug == "srlora" else {}
     options = {"r": r, "lora_alpha": alpha, **moving, **own}
-    folder = place / "running"
+    folder = place / f"running-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     with error_console().status(f"{name}, rate {rate:g}, scale {scale:g}, {phase}, seed {seed}"):
         spec = RunSpec(slug, demo.demo_model(), str(folder), seed=seed, steps=steps, learning_rate=rate)
         spec.bf16 = spec.group_by_length = not shared["plain"]
         spec.eval_every, spec.options = max(1, steps // 6 if phase == "final" else steps), options
+        if ratio is not None:
+            spec.optimizer, spec.optimizer_options = "lora-plus", {"ratio": ratio}
         result = run(spec, task)
     shutil.rmtree(folder)
     curve = [[row["step"], row[task.metric]] for row in result.evals]
@@ -168,6 +186,9 @@ def _show(found: dict[str, dict[str, Any]], seeds: int) -> None:
 
     table = Table("arm", "rate", "scale", "mean", "against LoRA", "steps to LoRA's end")
     for name, each in found.items():
+        if not each["runs"]:
+            table.add_row(name, f"{each['rate']:g}", f"{each['scale']:g}", "-", f"{each['lead']:+.3f} held out", "-")
+            continue
         finals = [row["final"] for row in each["runs"] if row["seed"] < seeds]
         gap = each["against_lora"]
         interval = f"{gap['mean']:+.3f}" + (f" +- {gap['half']:.3f}" if gap["half"] is not None else "")

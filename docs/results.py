@@ -80,8 +80,11 @@ def pretraining(found: dict[str, Any]) -> str:
 
 def study(found: dict[str, Any]) -> str:
     """The arms of a study, each at the rate and scale that its search found, against the first of them."""
-    rows = []
+    rows, screened = [], []
     for name, arm in found["arms"].items():
+        if not arm["runs"]:
+            screened.append((name, f"{arm['rate']:g}", f"{arm['scale']:g}", f"{arm['lead']:+.3f}"))
+            continue
         finals = [run["final"] for run in arm["runs"] if run["seed"] < 1000]
         gap = arm["against_lora"]
         half = "" if gap["half"] is None else f" ± {gap['half']:.3f}"
@@ -92,4 +95,10 @@ def study(found: dict[str, Any]) -> str:
     head = ("arm", "rate", "scale", "seeds", "mean", "against LoRA, paired", "steps to LoRA's end")
     about = f"`{found['command']}`, {found['date']}, r = {found['r']}, {found['steps']} steps, {found['metric']}."
     floor = f"Two sets of LoRA runs under other seeds are {found['noise']['level']:.3f} apart (root mean square)."
-    return "\n\n".join([about, table(head, rows), floor])
+    parts = [about, table(head, rows), floor]
+    if screened:
+        parts += [
+            "These fell behind LoRA on the held-out rows, on which rate and scale were searched, and ended there:",
+            table(("arm", "rate", "scale", "against LoRA, held out, one seed"), screened),
+        ]
+    return "\n\n".join(parts)

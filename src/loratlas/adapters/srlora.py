@@ -11,24 +11,24 @@ the PRETRAINED weight, whose projection leaves the frozen part: the function doe
 train, up to r_target directions are visited. Everything is kept in difference form (see `engine.pairs`), so W is never
 written.
 
-Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again, with b = 0, on the leading directions
-of the current gradient (reservoir="gradient", see `engine.sketch`); a warm-up of fresh pairs (`fresh_warmup`); fusing
-the oldest pairs instead of those with the lowest scores (`select`).
+Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again on the least directions of W, or with
+b = 0 on the leading ones of the current gradient or input (`reservoir`, see `engine.reservoir`); a warm-up of fresh
+pairs (`fresh_warmup`); fusing the oldest pairs instead of those with the lowest scores (`select`); sharing an event's
+pairs out over all layers (`budget`); events that come as soon as scores have settled (`trigger`).
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loratlas.engine import pairs, reservoir
-from loratlas.engine.config import SvdConfig, knob
-from loratlas.engine.events import Plan
+from loratlas.adapters.srlora_config import GRADIENT, SRLoraConfig
+from loratlas.engine import pairs, reservoir, settling
+from loratlas.engine.budget import relative_lowest
+from loratlas.engine.events import Expected, Plan
 from loratlas.engine.factors import Factors
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
@@ -40,14 +40,8 @@ from loratlas.errors import UserError
 from loratlas.linalg.factorise import usable_svd
 from loratlas.linalg.svd import numerical_rank, top_svd
 
-# what makes the directions of the gradient pay, see benchmarks/srlora_study.py
-GRADIENT: dict[str, Any] = {
-    "init_weights": "lora",
-    "reservoir": "gradient",
-    "select": "oldest",
-    "optimizer_reset": "corrected",
-    "fresh_warmup": 3,
-}
+__all__ = ["GRADIENT", "SRLora", "SRLoraConfig"]
+
 SCORES = ("IA", "QA", "IB", "QB")
 INTEGERS = ("slot_dir", "born", "cursor", "events", "log")
 _INPLACE = ("fuse_mode='inplace'", "fuse_mode='difference'")  # the option and what works without it, for messages
@@ -57,12 +51,12 @@ class SRLora(LowRankMethod):
     """Tensors, beside those of `engine.pairs` and `engine.reservoir`: IA, QA (r, in) and IB, QB (out, r) the scores'
     moving averages; slot_dir (r,) which direction a slot carries; born (r,) the step it was seeded at; cursor, events:
     directions used and events done; log (M, 4): step, slot, old and new direction (a running number where directions
-    are not those of W)."""
+    are not those of W). Where events may come early, also those of `engine.settling`."""
 
     name = "srlora"
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
-    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *INTEGERS)
+    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *settling.BUFFERS, *INTEGERS)
     growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
     derived = ("folded", "probe")
 
@@ -80,10 +74,11 @@ class SRLora(LowRankMethod):
             "HA": (0, n_in),
             "HB": (n_out, 0),
             "log": (0, 4),
+            **(settling.shapes(r) if cfg.trigger == "settled" else {}),
         }
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return dict.fromkeys(INTEGERS, torch.int64)
+        return dict.fromkeys((*INTEGERS, "due"), torch.int64)
 
     @staticmethod
     def r_target(cfg: SRLoraConfig, r: int, shape: tuple[int, int]) -> int:
@@ -99,11 +94,13 @@ class SRLora(LowRankMethod):
         r_target = self.r_target(t.cfg, t.r, t.op.shape)
         spare = 0 if t.cfg.sketches else r_target - t.r
         if t.cfg.init_weights != "lora" or spare:
-            u, s, vh = usable_svd(weight(), t.r + spare, **t.cfg.svd_options())
+            minor = t.cfg.reservoir == "minor"
+            u, s, vh = usable_svd(weight(), min(t.op.shape) if minor else t.r + spare, **t.cfg.svd_options())
             if len(s) < t.r:
                 return len(s)
             down, up = pairs.principal_factors(u, s, vh, t.scaling)
-            reservoir.keep(t, down[t.r :], up[:, t.r :])
+            rest = torch.arange(len(s) - 1, t.r - 1, -1)[:spare] if minor else slice(t.r, None)
+            reservoir.keep(t, down[rest], up[:, rest])
         elif t.r > min(t.op.shape):
             return min(t.op.shape)
         if t.cfg.r_target is not None and t.cfg.r_target > min(t.op.shape):
@@ -133,7 +130,7 @@ class SRLora(LowRankMethod):
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
-        return self.looking(t, pairs.with_history(t))
+        return reservoir.gathering(t, pairs.with_history(t), of_input=t.cfg.of_input)
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
         return t.A, t.B
@@ -142,18 +139,13 @@ class SRLora(LowRankMethod):
         folded = t.folded
         if folded is None:
             return None
-        return folded, self.looking(t, pairs.without_start(t))
-
-    @staticmethod
-    def looking(t: View, factors: Factors) -> Factors:
-        """`factors` whose backward pass gathers the sketch, where the step to come is one of those that do."""
-        return factors if t.probe is None else factors._replace(probe=t.probe, sketch=t.sketch)
+        return folded, reservoir.gathering(t, pairs.without_start(t), of_input=t.cfg.of_input)
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
         plan = self.plan(t, total_steps)
         events = max(0, len(plan.steps(t.cfg.total_step or total_steps)) - int(t.events))
-        pairs_to_come = plan.per_event * events
+        pairs_to_come = (t.r if t.cfg.budget == "global" else plan.per_event) * events
         if t.cfg.exhaustion == "stop" and not t.cfg.sketches:
             pairs_to_come = min(pairs_to_come, t.RA.shape[0])
         ranks = 1 if t.A0 is None else 2
@@ -180,6 +172,11 @@ class SRLora(LowRankMethod):
     def begin(self, views: Sequence[View], ctx: StepContext) -> None:
         for t in views:
             reservoir.forget(t)
+            if ctx.step == 0:  # a further stage has events of its own, and no pair is fresh at its start
+                t.events.zero_()
+                t.born.zero_()
+        if views[0].cfg.trigger == "settled":
+            settling.begin(views, [self.event_steps(t, ctx.total_steps) for t in views], ctx)
         self.watch(views, ctx)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
@@ -201,12 +198,10 @@ class SRLora(LowRankMethod):
         for correct in ctx.scratch[self]:
             correct()
         reservoir.share(views)
+        self.trigger(views, ctx)
         due = [t for t in views if self.due(t, ctx)]
-        if due:
-            lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]
-            agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
-            for t, low in zip(due, agreed, strict=True):
-                self.recompose(t, low, ctx)
+        for t, slots in self.leaving(due, ctx) if due else ():
+            self.recompose(t, slots, ctx)
         self.watch(views, ctx)
 
     @staticmethod
@@ -216,18 +211,53 @@ class SRLora(LowRankMethod):
         return torch.where(born > 0, (age / (warmup + 1)).clamp(max=1.0), torch.ones_like(age))
 
     def event_steps(self, t: View, total_steps: int) -> range:
-        """The steps after which the plan has an event, as far as numbers known before training say."""
+        """The steps after which the plan has an event, as far as numbers known before training say; where scores may
+        settle, each comes then at the latest."""
         if t.cfg.sketches and t.op.kind == "embedding":
             return range(0)  # its input are ids, which have no directions
         return self.plan(t, total_steps).steps(t.cfg.total_step or total_steps)
 
+    def next_event(self, t: View, ctx: StepContext, since: int) -> Expected:
+        """The first event after step `since` or a later one, from what is known on the host."""
+        if t.cfg.trigger == "settled":
+            return settling.expected(t, ctx)
+        steps = self.event_steps(t, ctx.total_steps)
+        number = -(-since // steps.step) - 1
+        return Expected(number, steps[number] if number < len(steps) else 0)
+
+    def trigger(self, views: Sequence[View], ctx: StepContext) -> None:
+        """Every few steps: have scores settled, so that events come earlier than planned?"""
+        cfg = views[0].cfg
+        if cfg.trigger == "settled" and ctx.step % cfg.settle_steps == 0:
+            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t in views]
+            counts = [self.plan(t, ctx.total_steps).per_event for t in views]
+            settling.look(views, scores, counts, cfg.sketch_steps if cfg.sketches else 0, ctx)
+
     def due(self, t: View, ctx: StepContext) -> bool:
-        # the tensors are read (a synchronisation on GPU) only where the plan has an event
-        return (
-            ctx.step in self.event_steps(t, ctx.total_steps)
-            and int(t.events) < self.plan(t, ctx.total_steps).events
-            and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.sketches)
-        )
+        # the tensors are read (a synchronisation on GPU) only where an event is expected
+        expected = self.next_event(t, ctx, ctx.step).step == ctx.step
+        return expected and int(t.events) < self.plan(t, ctx.total_steps).events
+
+    def leaving(self, due: Sequence[View], ctx: StepContext) -> list[tuple[View, Tensor]]:
+        """(layer, slots) of the pairs that start again now, of all layers that have directions left for them."""
+        counts = [self.plan(t, ctx.total_steps).per_event for t in due]
+        able = [(t, n) for t, n in zip(due, counts, strict=True) if self.room(t)]
+        if not able:
+            return []
+        if due[0].cfg.budget == "global":
+            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t, _ in able]
+            go = ctx.agree(relative_lowest(scores, [self.room(t) for t, _ in able], sum(counts)))
+            slots = [own.nonzero().flatten() for own in go.split([t.r for t, _ in able])]
+        else:
+            lows = [self.lowest(t, n) for t, n in able]
+            slots = list(ctx.agree(torch.cat(lows)).split([len(low) for low in lows]))
+        return list(zip([t for t, _ in able], slots, strict=True))
+
+    @staticmethod
+    def room(t: View) -> int:
+        """Pairs that can start again at an event, as far as there are directions for them."""
+        unlimited = t.cfg.sketches or (t.RA.shape[0] == 0 and t.cfg.exhaustion == "resvd")
+        return t.r if unlimited else min(t.r, t.RA.shape[0])
 
     def lowest(self, t: View, per_event: int) -> Tensor:
         """Slots of the pairs with the lowest scores, in slot order; ties go to the lower slot."""
@@ -238,6 +268,12 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
+        if t.cfg.trigger == "settled":
+            settling.passed(t, self.event_steps(t, ctx.total_steps), ctx)
+        if len(slots) == 0:  # all of this event's pairs are in other layers
+            t.events.add_(1)
+            reservoir.empty(t)
+            return
         down, up = self.next_directions(t, slots, ctx)
         slots = slots[: down.shape[0]]
         t.events.add_(1)
@@ -261,7 +297,7 @@ class SRLora(LowRankMethod):
     def next_directions(self, t: View, slots: Tensor, ctx: StepContext) -> tuple[Tensor, Tensor]:
         """(down, up) of the next directions, one for each of `slots` or fewer."""
         if t.cfg.sketches:
-            return reservoir.sketched(t, slots)
+            return reservoir.sketched(t, slots, t.cfg.fresh_length)
         if t.RA.shape[0] == 0:
             return self.redecompose(t, len(slots), ctx)
         return reservoir.take(t, len(slots))
@@ -277,104 +313,12 @@ class SRLora(LowRankMethod):
     def watch(self, views: Sequence[View], ctx: StepContext) -> None:
         """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
         if views[0].cfg.sketches:
-            reservoir.watch([(t, self.draw(t, ctx)) for t in views])
+            reservoir.watch([(t, self.draw(t, ctx)) for t in views], of_input=views[0].cfg.of_input)
 
     def draw(self, t: View, ctx: StepContext) -> int | None:
-        """Number of the probe for the step to come, from what is known on the host; None: nothing to gather."""
-        events = self.event_steps(t, ctx.total_steps)
-        number = ctx.step // events.step  # of the next event, from 0
-        near = number < len(events) and events[number] - ctx.step <= t.cfg.sketch_steps
-        return t.cfg.seed + 7919 * number if near else None
+        """Number of the probe for the step to come; None: nothing to gather."""
+        number, step = self.next_event(t, ctx, ctx.step + 1)
+        return t.cfg.seed + 7919 * number if 0 < step - ctx.step <= t.cfg.sketch_steps else None
 
 
-@adapter(SRLora())
-@dataclass
-class SRLoraConfig(SvdConfig):
-    """SRLoRA. Defaults are the sheet's; what the paper does not say is marked as a choice in the docs.
-
-    Training needs `loratlas.attach(model, optimizer, total_steps=N)` or `LifecycleCallback` in a Trainer; without it
-    the adapter trains as PiSSA. Use weight_decay=0: decay pulls b a towards 0 and so takes principal directions out of
-    W.
-
-    Raises:
-        UserError: a field is out of its range.
-    """
-
-    r_target: int | None = knob(
-        None, "Directions visited in total, at least r; None: 4 r. Clipped to what a layer has."
-    )
-    gamma: float = knob(0.5, "Fraction of the pairs recomposed at an event; 0 means none (PiSSA).")
-    beta1: float = knob(0.85, "Moving average of the sensitivity.")
-    beta2: float = knob(0.85, "Moving average of the uncertainty.")
-    schedule: str = knob(
-        "spread", "'spread': the last pairs train as long as the others. 'paper': interval N / N_switch."
-    )
-    total_step: int | None = knob(None, "Optimizer steps of the run; None: from attach or the Trainer.")
-    score_reset: str = knob("all", "After an event forget the scores of 'all' pairs or of the 'replaced' ones.")
-    optimizer_reset: str = knob(
-        "keep", "Adam moments of re-seeded slots: 'keep', 'zero', 'corrected' (as a fresh Adam) or 'mean_v'."
-    )
-    fuse_mode: str = knob(
-        "difference",
-        "'difference': exact everywhere. 'inplace': train over a dense working copy of W (faster, more memory).",
-    )
-    exhaustion: str = knob(
-        "stop", "When a layer has no unused direction left: 'stop' its events, or 'resvd' of its frozen part (ours)."
-    )
-    reservoir_device: str | None = knob(
-        None, "'cpu' keeps the unused directions in host memory; None: beside the weight."
-    )
-
-    reservoir: str = knob(
-        "principal",
-        "Where pairs start again: on the next 'principal' directions of W (the paper's), or with b = 0 on those of the "
-        "current 'gradient' (ours).",
-    )
-    sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
-    fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
-    select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
-
-    @classmethod
-    def paper(cls, **options: Any) -> SRLoraConfig:
-        """The literal method: principal directions, lowest scores, an event every N / N_switch steps, moments as they
-        are."""
-        literal = {"init_weights": True, "reservoir": "principal", "select": "score", "schedule": "paper"}
-        return cls(**{**literal, "optimizer_reset": "keep", "fresh_warmup": 0, **options})
-
-    @classmethod
-    def gradient(cls, **options: Any) -> SRLoraConfig:
-        """Ours: LoRA's start; the oldest pairs start again on the gradient's directions, with an Adam that is fresh.
-
-        Choose lora_alpha as for LoRA; with the paper's start it is 1 r.
-        """
-        return cls(**{**GRADIENT, **options})
-
-    @property
-    def sketches(self) -> bool:
-        """Whether new directions come from the gradient."""
-        return self.reservoir == "gradient"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
-        self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
-        self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")
-        self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
-        for name in ("beta1", "beta2"):
-            self._require(0.0 <= getattr(self, name) < 1.0, name, "in [0, 1)")
-        self._require(self.total_step is None or self.total_step >= 1, "total_step", "at least 1")
-        for name, allowed in _CHOICES.items():
-            self._require(getattr(self, name) in allowed, name, "one of " + ", ".join(map(str, allowed)))
-
-
-_CHOICES: dict[str, tuple[str | bool | None, ...]] = {
-    "init_weights": (True, False, "lora"),
-    "reservoir": ("principal", "gradient"),
-    "select": ("score", "oldest"),
-    "schedule": ("spread", "paper"),
-    "score_reset": ("all", "replaced"),
-    "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),
-    "fuse_mode": ("difference", "inplace"),
-    "exhaustion": ("stop", "resvd"),
-    "reservoir_device": (None, "cpu"),
-}
+adapter(SRLora())(SRLoraConfig)
