@@ -9,8 +9,8 @@ of the training rows; the pair that is best there runs with every seed on the te
 seeds for the noise floor. With --screen only arms that come that near to LoRA on the held-out rows go on to the test
 rows. A run that is done is not done again: the folder --out keeps one file a run.
 
-With --plain everything is in fp32 and batches are not grouped. Writes
-benchmarks/results/srlora_study_<data>_r<rank>[_plain].json: searches, finals, curves, paired intervals against LoRA.
+With --plain everything is in fp32 and batches are not grouped. Writes searches, finals, curves and paired intervals
+against LoRA to benchmarks/results/srlora_study_<data>_r<rank>[_plain][_<tag>].json.
 """
 
 from __future__ import annotations
@@ -57,10 +57,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gradient-all-4r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 4}),
     "gradient-all-5r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 5}),
     "gradient-all-7r": ("srlora", {**GRADIENT, "gamma": 1.0, "multiple": 7}),
-    "settled": ("srlora", {**GRADIENT, "trigger": "settled"}),
-    "activation": ("srlora", {**GRADIENT, "reservoir": "activation"}),
     "minor": ("srlora", {**LORA_START, "reservoir": "minor"}),
-    "global": ("srlora", {**LORA_START, "budget": "global"}),
 }
 _BASELINE, _AGAIN, _SEARCH_SEED, _TEST_ROWS = "lora", 1000, 2002, 1000
 Rows = list[dict[str, Any]]
@@ -80,6 +77,7 @@ def main(
     max_length: int = 48,
     screen: Annotated[float | None, typer.Option(min=0, help="How far behind LoRA an arm's search may be.")] = None,
     plain: Annotated[bool, typer.Option("--plain", help="fp32 and batches in plain random order: slower.")] = False,
+    tag: Annotated[str, typer.Option(help="Ends the name of the results, beside those of another study.")] = "",
     out: Annotated[Path, typer.Option(help="Folder of the finished runs.")] = Path("runs/srlora-study"),
 ) -> None:
     quiet_libraries()
@@ -92,6 +90,7 @@ def main(
     grid = list(itertools.product(rate or [4e-3, 8e-3, 1.6e-2], scale or [1.0, 2.0]))
     tested = _load(data, metric, max_length)
     searched = hold_out(tested)
+    ending = "".join(f"_{word}" for word in ("plain" if plain else "", tag) if word)
     shared = {"steps": steps, "r": rank, "multiple": multiple, "gamma": gamma, "plain": plain}
     place = out / f"{data.name}-r{rank}-x{multiple}-g{gamma:g}-{steps}{'-plain' if plain else ''}"
     found: dict[str, dict[str, Any]] = {}
@@ -111,7 +110,8 @@ def main(
         for other, each in ((arm, each) for arm, each in found.items() if each["runs"]):
             each["against_lora"] = _plain(statistics.paired(by_seed[other], first))
             each["steps_to_lora"] = _steps_to(each["runs"], sum(first.values()) / len(first), seeds)
-        _write(data.name, rank, {**shared, "metric": metric, "grid": grid, "noise": _plain(floor), "arms": found})
+        result = {**shared, "metric": metric, "grid": grid, "noise": _plain(floor), "arms": found}
+        _write(f"srlora_study_{data.name}_r{rank}{ending}.json", result)
         _show(found, seeds)
 
 
@@ -174,10 +174,9 @@ def _steps_to(runs: Rows, goal: float, seeds: int) -> float | None:
     return None
 
 
-def _write(data: str, rank: int, value: dict[str, Any]) -> None:
+def _write(name: str, value: dict[str, Any]) -> None:
     from paired import RESULTS, command, provenance
 
-    name = f"srlora_study_{data}_r{rank}{'_plain' if value['plain'] else ''}.json"
     write_json(RESULTS / name, {"command": command(), **provenance(), **value})
 
 

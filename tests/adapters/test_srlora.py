@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from loratlas import AtlasLoraConfig, SRLoraConfig, UserError, attach
 from loratlas.adapters.srlora import GRADIENT as GRADIENT_PRESET
 from loratlas.adapters.srlora import SRLora
 from loratlas.catalog import baselines
-from loratlas.engine import settling, sketch
+from loratlas.engine import sketch
 from loratlas.engine.events import Plan
 from loratlas.engine.factors import accumulate
 from loratlas.engine.layer import joined_factors
@@ -210,6 +209,7 @@ def test_config_errors_name_the_field() -> None:
         "gamma": {"gamma": 1.5},
         "beta1": {"beta1": 1.0},
         "schedule": {"schedule": "linear"},
+        "fresh_length": {"fresh_length": 0.0},
         "optimizer_reset": {"optimizer_reset": "none"},
         "r": {"r": 0},
         "lora_dropout": {"lora_dropout": 1.0},
@@ -223,9 +223,12 @@ def test_config_errors_name_the_field() -> None:
 GRADIENT = {"reservoir": "gradient", "optimizer_reset": "corrected", "fresh_warmup": 3, "select": "oldest"}
 
 
-@pytest.mark.parametrize("start", [True, "lora"])
-def test_on_the_gradients_directions_an_event_changes_nothing_and_no_starts_are_kept_needlessly(start: Any) -> None:
-    model, x = adapted("srlora", dtype=torch.float64, init_weights=start, **GRADIENT), inputs(dtype=torch.float64)
+@pytest.mark.parametrize(("start", "length"), [(True, 3**-0.5), ("lora", 0.3)])
+def test_on_the_gradients_directions_an_event_changes_nothing_and_no_starts_are_kept_needlessly(
+    start: Any, length: float
+) -> None:
+    options = {"init_weights": start, "fresh_length": length, **GRADIENT}
+    model, x = adapted("srlora", dtype=torch.float64, **options), inputs(dtype=torch.float64)
     seen = []
 
     def event(step: int) -> None:
@@ -245,7 +248,7 @@ def test_on_the_gradients_directions_an_event_changes_nothing_and_no_starts_are_
         torch.testing.assert_close(model(x), before[t.layer.path], rtol=1e-12, atol=1e-12)
         assert torch.equal(t.B[:, slots], torch.zeros_like(t.B[:, slots]))
         rows, others = t.A[slots], t.A[[k for k in range(t.r) if k not in slots.tolist()]]
-        torch.testing.assert_close(rows @ rows.T, torch.eye(len(slots), dtype=rows.dtype) / 3)
+        torch.testing.assert_close(rows @ rows.T, torch.eye(len(slots), dtype=rows.dtype) * length**2)
         torch.testing.assert_close(
             rows @ others.T, torch.zeros(len(slots), len(others), dtype=rows.dtype), atol=1e-9, rtol=0
         )
@@ -321,173 +324,7 @@ def test_a_probe_is_drawn_once_an_event_and_read_from_the_host_alone(monkeypatch
     assert draws == [0, 7919, 2 * 7919, 3 * 7919]
 
 
-@pytest.mark.parametrize("reservoir", ["principal", "gradient"])
-def test_a_global_budget_moves_as_many_pairs_where_they_matter_least(reservoir: str) -> None:
-    """In the second layer one pair does all the work, so the others go, and the first layer keeps its own."""
-    model = adapted("srlora", reservoir=reservoir, budget="global", init_weights="lora", dtype=torch.float64)
-    x, optimizer = inputs(dtype=torch.float64), adamw(model)
-    attach(model, optimizer, total_steps=20)
-    first, second = views(model)
-    before, announced = model(x), [t.layer.method.export_rank(t, 20) for t in (first, second)]
-    with torch.no_grad():
-        for t in (first, second):
-            for name, wide in (("IA", 0), ("QA", 0), ("IB", 1), ("QB", 1)):
-                shares = [1.0, 1.0, 1.0, 1.0] if t is first else [0.1, 3.0, 0.2, 0.3]
-                getattr(t, name).copy_(torch.tensor(shares).unsqueeze(1 - wide))
-        found = first.layer.method.leaving([first, second], StepContext(optimizer, 4, 20))
-        assert [slots.tolist() for _, slots in found] == [[0], [0, 2, 3]]
-        for t, slots in found:
-            t.layer.method.recompose(t, slots, StepContext(optimizer, 4, 20))
-    torch.testing.assert_close(model(x), before, rtol=1e-12, atol=1e-12)
-    train(model, x, steps=20, optimizer=optimizer)
-    assert len(first.log) + len(second.log) == 16
-    assert [int(t.events) for t in (first, second)] == [4, 4]
-    for t, rank in zip((first, second), announced, strict=True):
-        assert t.layer.method.export_rank(t, 20) <= rank
-
-
-def test_a_global_budget_goes_on_where_a_layer_has_no_direction_left() -> None:
-    """Two pairs an event and layer: what the full one cannot take the others do."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(12, 16, bias=False), nn.Linear(16, 12, bias=False))
-    net[0].weight.data = torch.randn(16, 5) @ torch.randn(5, 12)
-    model = get_peft_model(net, SRLoraConfig(target_modules=["0", "1"], r=4, r_target=12, budget="global"))
-    regress(model, 25)
-    assert [int(view(model, name).cursor) for name in ("0", "1")] == [5, 12]
-
-
-def test_the_oldest_pairs_are_no_matter_of_a_global_budget() -> None:
-    with pytest.raises(UserError, match=r"budget='global' compares scores .* choose select='score' or budget='layer'"):
-        SRLoraConfig.gradient(budget="global")
-
-
-def test_minor_directions_are_the_last_of_w_smallest_first() -> None:
-    model = adapted("srlora", reservoir="minor", r_target=10, dtype=torch.float64)
-    u, s, vh = torch.linalg.svd(view(model).layer.base_matrix(), full_matrices=False)
-    t = view(model)
-    for k, direction in enumerate(range(11, 5, -1)):
-        expected = s[direction] * torch.outer(u[:, direction], vh[direction])
-        torch.testing.assert_close(torch.outer(t.RB[:, k], t.RA[k]), expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(t.B @ t.A, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], rtol=1e-9, atol=1e-9)
-    train(model, inputs(dtype=torch.float64), steps=20)
-    assert int(t.cursor) == 10
-    assert t.RA.shape[0] == 0
-
-
-def test_minor_directions_refuse_what_finds_leading_ones() -> None:
-    with pytest.raises(UserError, match=r"svd_method='lowrank' finds leading .* svd_method='auto' or 'full'"):
-        config("srlora", reservoir="minor", svd_method="lowrank")
-    with pytest.raises(UserError, match=r"exhaustion='resvd' goes on with leading .* exhaustion='stop' or reservoir"):
-        config("srlora", reservoir="minor", exhaustion="resvd")
-
-
-@pytest.mark.parametrize("fuse_mode", ["difference", "inplace"])
-@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
-def test_the_inputs_are_sketched(kind: str, fuse_mode: str) -> None:
-    options = {**GRADIENT, "reservoir": "activation", "init_weights": "lora", "fuse_mode": fuse_mode}
-    model, x = adapted("srlora", kind, torch.float64, **options), inputs(kind, torch.float64)
-    train(model, x, steps=1, total=20)
-    t = view(model)
-    rows = t.op.rows(x)
-    torch.testing.assert_close(t.sketch, (rows @ t.probe).T @ rows, rtol=1e-12, atol=1e-12)
-
-
-def test_pairs_start_again_on_the_leading_directions_of_the_input() -> None:
-    options = {**GRADIENT, "reservoir": "activation", "init_weights": "lora"}
-    model, x = adapted("srlora", dtype=torch.float64, **options), inputs(dtype=torch.float64)
-    strong = torch.linalg.svd(x, full_matrices=False).Vh[:2]
-    x = x + 20 * x @ strong.T @ strong
-    train(model, x, steps=4, total=20)
-    t = view(model)
-    moved = t.log[:, 1].tolist()
-    basis = torch.linalg.qr(t.A[[k for k in range(4) if k not in moved]].detach().T).Q
-    leading = torch.linalg.svd(x - x @ basis @ basis.T, full_matrices=False).Vh[:2]
-    assert torch.linalg.svdvals(t.A[moved].detach() @ leading.T).min() * 3**0.5 > 0.98
-    assert not t.B[:, moved].any()
-
-
-SETTLED = {"trigger": "settled", "settle_steps": 3, "settle_tolerance": 0.5}
-
-
-@pytest.mark.parametrize(
-    "options", [{}, {"init_weights": "lora", "sketch_steps": 2, **GRADIENT}], ids=["w", "gradient"]
-)
-def test_settled_scores_bring_events_forward_and_never_back(options: dict[str, Any]) -> None:
-    """The plan has its events after 20, 40, 60 and 80 of 100 steps; looks are after 3, 6, 9 and so on."""
-
-    def steps(tolerance: float) -> list[list[int]]:
-        model = adapted("srlora", **SETTLED | {"settle_tolerance": tolerance}, **options)
-        train(model, inputs(), steps=100)
-        assert [int(t.events) for t in views(model)] == [4, 4]
-        assert [int(t.due) for t in views(model)] == [0, 0]
-        return [sorted(set(t.log[:, 0].tolist())) for t in views(model)]
-
-    wait = 2 if options else 0
-    assert steps(0.0) == [[20, 40, 60, 80]] * 2
-    # scores are known at the first look, at the second they may have settled; after an event it is the same again, but
-    # pairs that start with b = 0 have no score in their first step, which here is a look
-    assert steps(1e9) == ([[8, 17, 26, 35]] * 2 if wait else [[6, 12, 18, 24]] * 2)
-    for found in steps(0.5):
-        assert all(step <= plan for step, plan in zip(found, (20, 40, 60, 80), strict=True))
-        assert all(b - a >= 3 + wait for a, b in itertools.pairwise(found))
-
-
-def test_scores_settle_by_their_lowest() -> None:
-    model = adapted("srlora", **SETTLED)
-    t, ctx = view(model), StepContext(adamw(model), 0, 100)
-    settling.begin([t], [range(20, 81, 20)], ctx)
-
-    def look(step: int, scores: list[float]) -> int:
-        ctx.step = step
-        settling.look([t], [torch.tensor(scores)], [2], 2, ctx)
-        assert int(t.due) == settling.expected(t, ctx).step
-        return int(t.due)
-
-    assert look(3, [1.0, 2.0, 9.0, 9.0]) == 20  # nothing to compare with
-    assert look(6, [1.0, 0.2, 9.0, 9.0]) == 20
-    assert look(9, [12.0, 3.0, 90.0, 95.0]) == 11  # 0.15 of the mean against 0.125; the size of all is no matter
-    assert look(12, [5.0, 9.0, 9.0, 9.0]) == 11  # fired is fired
-    settling.passed(t, range(20, 81, 20), ctx)
-    assert settling.expected(t, ctx) == (1, 40)
-    assert look(15, [1.0, 1.0, 1.0, 1.0]) == 40
-    assert look(39, [1.0, 1.0, 1.0, 1.0]) == 40  # the plan is sooner
-
-
-def test_nothing_is_read_between_two_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, read = adapted("srlora", init_weights="lora", **GRADIENT, **SETTLED | {"settle_tolerance": 0.0}), []
-    optimizer = adamw(model)
-
-    def counted(genuine: Any) -> Any:
-        return lambda tensor: (read.append(clock[0]), genuine(tensor))[1]
-
-    attach(model, optimizer, total_steps=100)
-    for name in ("__int__", "tolist"):
-        monkeypatch.setattr(Tensor, name, counted(getattr(Tensor, name)))
-    clock = [0]
-    for clock[0] in range(1, 20):
-        model(inputs()).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert read == [3, 6, 9, 12, 15, 18]
-
-
-def test_a_global_budget_is_no_matter_of_single_layers_events() -> None:
-    with pytest.raises(UserError, match=r"budget='global' shares out events .* choose trigger='interval' or"):
-        config("srlora", budget="global", trigger="settled")
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        {},
-        {"sketch_steps": 9},
-        {"budget": "global", "select": "score"},
-        {**SETTLED, "settle_steps": 2},
-        {"reservoir": "activation"},
-        {"reservoir": "minor"},
-    ],
-    ids=["some steps", "all steps", "global", "settled", "activation", "minor"],
-)
+@pytest.mark.parametrize("options", [{}, {"sketch_steps": 9}], ids=["some steps", "all steps"])
 @pytest.mark.parametrize("stop", [2, 3, 4, 15])
 def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(
     stop: int, options: dict[str, Any], tmp_path: Path
@@ -508,6 +345,26 @@ def test_a_run_stopped_while_the_sketch_is_gathered_goes_on_bit_for_bit(
         for name in (*SRLora.params, *SRLora.buffers):
             if (value := getattr(theirs, name)) is not None:
                 assert torch.equal(getattr(ours, name), value), name
+
+
+def test_minor_directions_are_the_last_of_w_smallest_first() -> None:
+    model = adapted("srlora", reservoir="minor", r_target=10, dtype=torch.float64)
+    u, s, vh = torch.linalg.svd(view(model).layer.base_matrix(), full_matrices=False)
+    t = view(model)
+    for k, direction in enumerate(range(11, 5, -1)):
+        expected = s[direction] * torch.outer(u[:, direction], vh[direction])
+        torch.testing.assert_close(torch.outer(t.RB[:, k], t.RA[k]), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(t.B @ t.A, u[:, :4] @ torch.diag(s[:4]) @ vh[:4], rtol=1e-9, atol=1e-9)
+    train(model, inputs(dtype=torch.float64), steps=20)
+    assert int(t.cursor) == 10
+    assert t.RA.shape[0] == 0
+
+
+def test_minor_directions_refuse_what_finds_leading_ones() -> None:
+    with pytest.raises(UserError, match=r"svd_method='lowrank' finds leading .* svd_method='auto' or 'full'"):
+        config("srlora", reservoir="minor", svd_method="lowrank")
+    with pytest.raises(UserError, match=r"exhaustion='resvd' goes on with leading .* exhaustion='stop' or reservoir"):
+        config("srlora", reservoir="minor", exhaustion="resvd")
 
 
 def test_a_further_stage_has_events_of_its_own() -> None:

@@ -109,9 +109,6 @@ class Rank:
         sketched = {"init_weights": "lora", "optimizer_reset": "corrected", "fresh_warmup": 2}
         for setup in ("ddp", "fsdp"):
             self.run(f"{setup}-gradient", setup, reservoir="gradient", select="oldest", **sketched)
-            self.run(f"{setup}-global", setup, reservoir="gradient", budget="global", **sketched)
-            early = {"trigger": "settled", "settle_steps": 1, "settle_tolerance": 1.0, "sketch_steps": 1}
-            self.run(f"{setup}-settled", setup, reservoir="gradient", **early, **sketched)
         self.run("ddp-inplace", "ddp", fuse_mode="inplace")
         self.run("single", "single")
         self.run("hsdp", "hsdp")

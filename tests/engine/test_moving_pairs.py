@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from loratlas.engine.budget import growth, relative_lowest
+from loratlas.engine.budget import growth
 from loratlas.engine.gates import threshold_
 from loratlas.engine.importance import update_sensitivity
 from loratlas.engine.lifecycle import StepContext
@@ -38,18 +38,6 @@ def test_growth_stays_within_budget_and_capacity() -> None:
     assert growth(scores, [4, 1, 2, 1], capacity, add=1, chosen=2, budget=10, rule="exact") == [0, 1, 0, 1]
     assert growth(scores, [4, 4, 2, 4], capacity, add=1, chosen=2, budget=10, rule="exact") == [0, 0, 0, 0]
     assert growth(torch.ones(4), ranks, [9] * 4, add=2, chosen=1, budget=1, rule="official") == [2, 2, 2, 2]
-
-
-def test_the_lowest_pairs_of_all_modules() -> None:
-    scores = [torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([9.0, 0.3, 0.2, 0.5]), torch.tensor([0.0, 0.0])]
-
-    def chosen(capacity: list[int], count: int) -> list[int]:
-        return relative_lowest(scores, capacity, count).nonzero().flatten().tolist()
-
-    assert chosen([4, 4, 0], 3) == [5, 6, 7]  # shares of their module's mean: 0.12, 0.08, 0.2 against 1
-    assert chosen([4, 4, 2], 3) == [6, 8, 9]  # where nothing has a score, all are lowest
-    assert chosen([4, 2, 0], 4) == [0, 1, 5, 6]  # no more than its room, the lowest first, then the earliest
-    assert chosen([1, 1, 0], 9) == [0, 6]
 
 
 @pytest.mark.parametrize("dim", [0, 1])

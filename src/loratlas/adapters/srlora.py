@@ -12,9 +12,9 @@ train, up to r_target directions are visited. Everything is kept in difference f
 written.
 
 Ours, not the paper's: a start like LoRA's (init_weights="lora"); starting again on the least directions of W, or with
-b = 0 on the leading ones of the current gradient or input (`reservoir`, see `engine.reservoir`); a warm-up of fresh
-pairs (`fresh_warmup`); fusing the oldest pairs instead of those with the lowest scores (`select`); sharing an event's
-pairs out over all layers (`budget`); events that come as soon as scores have settled (`trigger`).
+b = 0 on the leading ones of the current gradient (`reservoir`, see `engine.reservoir`), and how long these are
+(`fresh_length`); a warm-up of fresh pairs (`fresh_warmup`); fusing the oldest pairs instead of those with the lowest
+scores (`select`).
 """
 
 from __future__ import annotations
@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from loratlas.adapters.srlora_config import GRADIENT, SRLoraConfig
-from loratlas.engine import pairs, reservoir, settling
-from loratlas.engine.budget import relative_lowest
-from loratlas.engine.events import Expected, Plan
+from loratlas.engine import pairs, reservoir
+from loratlas.engine.events import Plan
 from loratlas.engine.factors import Factors
 from loratlas.engine.importance import pair_scores, update_importance
 from loratlas.engine.lifecycle import StepContext, gradient
@@ -51,12 +50,12 @@ class SRLora(LowRankMethod):
     """Tensors, beside those of `engine.pairs` and `engine.reservoir`: IA, QA (r, in) and IB, QB (out, r) the scores'
     moving averages; slot_dir (r,) which direction a slot carries; born (r,) the step it was seeded at; cursor, events:
     directions used and events done; log (M, 4): step, slot, old and new direction (a running number where directions
-    are not those of W). Where events may come early, also those of `engine.settling`."""
+    are not those of W)."""
 
     name = "srlora"
     kinds = ("linear", "conv1d", "conv2d", "embedding")
     params = pairs.TENSORS
-    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *settling.BUFFERS, *INTEGERS)
+    buffers = (*pairs.STARTS, *pairs.HISTORY, *SCORES, *reservoir.BUFFERS, *INTEGERS)
     growing = (*pairs.HISTORY, *reservoir.GROWING, "log")
     derived = ("folded", "probe")
 
@@ -74,11 +73,10 @@ class SRLora(LowRankMethod):
             "HA": (0, n_in),
             "HB": (n_out, 0),
             "log": (0, 4),
-            **(settling.shapes(r) if cfg.trigger == "settled" else {}),
         }
 
     def dtypes(self) -> dict[str, torch.dtype]:
-        return dict.fromkeys((*INTEGERS, "due"), torch.int64)
+        return dict.fromkeys(INTEGERS, torch.int64)
 
     @staticmethod
     def r_target(cfg: SRLoraConfig, r: int, shape: tuple[int, int]) -> int:
@@ -130,7 +128,7 @@ class SRLora(LowRankMethod):
     # --------------------------------------------------------------------------------------------------- forward
 
     def factors(self, t: View) -> Factors:
-        return reservoir.gathering(t, pairs.with_history(t), of_input=t.cfg.of_input)
+        return self.looking(t, pairs.with_history(t))
 
     def pair(self, t: View) -> tuple[nn.Parameter, nn.Parameter]:
         return t.A, t.B
@@ -139,13 +137,18 @@ class SRLora(LowRankMethod):
         folded = t.folded
         if folded is None:
             return None
-        return folded, reservoir.gathering(t, pairs.without_start(t), of_input=t.cfg.of_input)
+        return folded, self.looking(t, pairs.without_start(t))
+
+    @staticmethod
+    def looking(t: View, factors: Factors) -> Factors:
+        """`factors` whose backward pass gathers the sketch, where the step to come is one of those that do."""
+        return factors if t.probe is None else factors._replace(probe=t.probe, sketch=t.sketch)
 
     def export_rank(self, t: View, total_steps: int) -> int | None:
         """Two ranks for every live pair and every pair that retires, those of the events to come included."""
         plan = self.plan(t, total_steps)
         events = max(0, len(plan.steps(t.cfg.total_step or total_steps)) - int(t.events))
-        pairs_to_come = (t.r if t.cfg.budget == "global" else plan.per_event) * events
+        pairs_to_come = plan.per_event * events
         if t.cfg.exhaustion == "stop" and not t.cfg.sketches:
             pairs_to_come = min(pairs_to_come, t.RA.shape[0])
         ranks = 1 if t.A0 is None else 2
@@ -175,8 +178,6 @@ class SRLora(LowRankMethod):
             if ctx.step == 0:  # a further stage has events of its own, and no pair is fresh at its start
                 t.events.zero_()
                 t.born.zero_()
-        if views[0].cfg.trigger == "settled":
-            settling.begin(views, [self.event_steps(t, ctx.total_steps) for t in views], ctx)
         self.watch(views, ctx)
 
     def before_step(self, views: Sequence[View], ctx: StepContext) -> None:
@@ -198,10 +199,12 @@ class SRLora(LowRankMethod):
         for correct in ctx.scratch[self]:
             correct()
         reservoir.share(views)
-        self.trigger(views, ctx)
         due = [t for t in views if self.due(t, ctx)]
-        for t, slots in self.leaving(due, ctx) if due else ():
-            self.recompose(t, slots, ctx)
+        if due:
+            lows = [self.lowest(t, self.plan(t, ctx.total_steps).per_event) for t in due]
+            agreed = ctx.agree(torch.cat(lows)).split([len(low) for low in lows])
+            for t, low in zip(due, agreed, strict=True):
+                self.recompose(t, low, ctx)
         self.watch(views, ctx)
 
     @staticmethod
@@ -211,53 +214,18 @@ class SRLora(LowRankMethod):
         return torch.where(born > 0, (age / (warmup + 1)).clamp(max=1.0), torch.ones_like(age))
 
     def event_steps(self, t: View, total_steps: int) -> range:
-        """The steps after which the plan has an event, as far as numbers known before training say; where scores may
-        settle, each comes then at the latest."""
+        """The steps after which the plan has an event, as far as numbers known before training say."""
         if t.cfg.sketches and t.op.kind == "embedding":
             return range(0)  # its input are ids, which have no directions
         return self.plan(t, total_steps).steps(t.cfg.total_step or total_steps)
 
-    def next_event(self, t: View, ctx: StepContext, since: int) -> Expected:
-        """The first event after step `since` or a later one, from what is known on the host."""
-        if t.cfg.trigger == "settled":
-            return settling.expected(t, ctx)
-        steps = self.event_steps(t, ctx.total_steps)
-        number = -(-since // steps.step) - 1
-        return Expected(number, steps[number] if number < len(steps) else 0)
-
-    def trigger(self, views: Sequence[View], ctx: StepContext) -> None:
-        """Every few steps: have scores settled, so that events come earlier than planned?"""
-        cfg = views[0].cfg
-        if cfg.trigger == "settled" and ctx.step % cfg.settle_steps == 0:
-            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t in views]
-            counts = [self.plan(t, ctx.total_steps).per_event for t in views]
-            settling.look(views, scores, counts, cfg.sketch_steps if cfg.sketches else 0, ctx)
-
     def due(self, t: View, ctx: StepContext) -> bool:
-        # the tensors are read (a synchronisation on GPU) only where an event is expected
-        expected = self.next_event(t, ctx, ctx.step).step == ctx.step
-        return expected and int(t.events) < self.plan(t, ctx.total_steps).events
-
-    def leaving(self, due: Sequence[View], ctx: StepContext) -> list[tuple[View, Tensor]]:
-        """(layer, slots) of the pairs that start again now, of all layers that have directions left for them."""
-        counts = [self.plan(t, ctx.total_steps).per_event for t in due]
-        able = [(t, n) for t, n in zip(due, counts, strict=True) if self.room(t)]
-        if not able:
-            return []
-        if due[0].cfg.budget == "global":
-            scores = [pair_scores(t.IA, t.QA, t.IB, t.QB) for t, _ in able]
-            go = ctx.agree(relative_lowest(scores, [self.room(t) for t, _ in able], sum(counts)))
-            slots = [own.nonzero().flatten() for own in go.split([t.r for t, _ in able])]
-        else:
-            lows = [self.lowest(t, n) for t, n in able]
-            slots = list(ctx.agree(torch.cat(lows)).split([len(low) for low in lows]))
-        return list(zip([t for t, _ in able], slots, strict=True))
-
-    @staticmethod
-    def room(t: View) -> int:
-        """Pairs that can start again at an event, as far as there are directions for them."""
-        unlimited = t.cfg.sketches or (t.RA.shape[0] == 0 and t.cfg.exhaustion == "resvd")
-        return t.r if unlimited else min(t.r, t.RA.shape[0])
+        # the tensors are read (a synchronisation on GPU) only where the plan has an event
+        return (
+            ctx.step in self.event_steps(t, ctx.total_steps)
+            and int(t.events) < self.plan(t, ctx.total_steps).events
+            and (t.RA.shape[0] > 0 or t.cfg.exhaustion == "resvd" or t.cfg.sketches)
+        )
 
     def lowest(self, t: View, per_event: int) -> Tensor:
         """Slots of the pairs with the lowest scores, in slot order; ties go to the lower slot."""
@@ -268,12 +236,6 @@ class SRLora(LowRankMethod):
 
     def recompose(self, t: View, slots: Tensor, ctx: StepContext) -> None:
         """Fuse the pairs in `slots` and let the slots start again on the next directions."""
-        if t.cfg.trigger == "settled":
-            settling.passed(t, self.event_steps(t, ctx.total_steps), ctx)
-        if len(slots) == 0:  # all of this event's pairs are in other layers
-            t.events.add_(1)
-            reservoir.empty(t)
-            return
         down, up = self.next_directions(t, slots, ctx)
         slots = slots[: down.shape[0]]
         t.events.add_(1)
@@ -313,12 +275,14 @@ class SRLora(LowRankMethod):
     def watch(self, views: Sequence[View], ctx: StepContext) -> None:
         """Look into the backward passes of the step to come if an event follows within `sketch_steps`."""
         if views[0].cfg.sketches:
-            reservoir.watch([(t, self.draw(t, ctx)) for t in views], of_input=views[0].cfg.of_input)
+            reservoir.watch([(t, self.draw(t, ctx)) for t in views])
 
     def draw(self, t: View, ctx: StepContext) -> int | None:
-        """Number of the probe for the step to come; None: nothing to gather."""
-        number, step = self.next_event(t, ctx, ctx.step + 1)
-        return t.cfg.seed + 7919 * number if 0 < step - ctx.step <= t.cfg.sketch_steps else None
+        """Number of the probe for the step to come, from what is known on the host; None: nothing to gather."""
+        events = self.event_steps(t, ctx.total_steps)
+        number = ctx.step // events.step  # of the next event, from 0
+        near = number < len(events) and events[number] - ctx.step <= t.cfg.sketch_steps
+        return t.cfg.seed + 7919 * number if near else None
 
 
 adapter(SRLora())(SRLoraConfig)

@@ -1,4 +1,4 @@
-"""The options of SRLoRA, and which of them go together; `srlora` says what they do."""
+"""The options of SRLoRA; `srlora` says what they do."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ GRADIENT: dict[str, Any] = {
     "reservoir": "gradient",
     "select": "oldest",
     "optimizer_reset": "corrected",
+    "fresh_length": 0.3,
     "fresh_warmup": 3,
 }
 
@@ -59,26 +60,15 @@ class SRLoraConfig(SvdConfig):
     reservoir: str = knob(
         "principal",
         "Where pairs start again: on the next 'principal' directions of W (the paper's); ours: on its 'minor' ones, "
-        "smallest first, or with b = 0 on those of the current 'gradient' or 'activation'.",
+        "smallest first, or with b = 0 on those of the current 'gradient'.",
     )
-    sketch_steps: int = knob(4, "Steps before an event in which directions of gradient or activation are gathered.")
-    fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
+    sketch_steps: int = knob(4, "Steps before an event in which the gradient's directions are gathered.")
     fresh_length: float = knob(
         LORA_LENGTH,
-        "Length of a direction of gradient or activation on which a pair starts again (ours). As inputs are far longer "
-        "along such directions, shorter ones keep the update's first steps as large as those of LoRA.",
+        "Length of a gradient's direction on which a pair starts again (ours). Inputs are far longer along such "
+        "directions than along random ones, so shorter ones keep the first steps as large as LoRA's.",
     )
-    budget: str = knob(
-        "layer",
-        "Pairs of an event: as many in every layer ('layer'), or as many in all, the lowest scores relative to their "
-        "layer's mean ('global', ours).",
-    )
-    trigger: str = knob(
-        "interval",
-        "A layer's events come by the plan ('interval'), or earlier where its lowest scores have 'settled' (ours).",
-    )
-    settle_steps: int = knob(5, "Steps between two looks at whether scores have settled.")
-    settle_tolerance: float = knob(0.1, "Relative change between two looks up to which scores have settled.")
+    fresh_warmup: int = knob(0, "Steps in which the learning rate of a fresh pair rises to that of the others (ours).")
     select: str = knob("score", "Pairs that start again: those with the lowest 'score', or the 'oldest' (ours).")
 
     @classmethod
@@ -98,13 +88,8 @@ class SRLoraConfig(SvdConfig):
 
     @property
     def sketches(self) -> bool:
-        """Whether new directions are gathered while training."""
-        return self.reservoir in ("gradient", "activation")
-
-    @property
-    def of_input(self) -> bool:
-        """Whether they are those of the layer's input."""
-        return self.reservoir == "activation"
+        """Whether new directions come from the gradient."""
+        return self.reservoir == "gradient"
 
     def svd_options(self) -> dict[str, Any]:
         options = super().svd_options()
@@ -114,10 +99,8 @@ class SRLoraConfig(SvdConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(self.sketch_steps >= 1, "sketch_steps", "at least 1")
-        self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
         self._require(self.fresh_length > 0.0, "fresh_length", "positive")
-        self._require(self.settle_steps >= 1, "settle_steps", "at least 1")
-        self._require(self.settle_tolerance >= 0.0, "settle_tolerance", "at least 0")
+        self._require(self.fresh_warmup >= 0, "fresh_warmup", "at least 0")
         self._require(self.r_target is None or self.r_target >= self.r, "r_target", f"at least r={self.r}")
         self._require(0.0 <= self.gamma <= 1.0, "gamma", "in [0, 1]")
         for name in ("beta1", "beta2"):
@@ -137,26 +120,12 @@ class SRLoraConfig(SvdConfig):
                 "last ones: choose exhaustion='stop' or reservoir='principal'.",
                 field="exhaustion",
             )
-        if self.budget == "global" and self.select == "oldest":
-            raise UserError(
-                "SRLoraConfig: budget='global' compares scores between layers, and the oldest pairs are as old in all "
-                "of them: choose select='score' or budget='layer'.",
-                field="budget",
-            )
-        if self.budget == "global" and self.trigger == "settled":
-            raise UserError(
-                "SRLoraConfig: budget='global' shares out events that all layers have at once, and with "
-                "trigger='settled' each has its own: choose trigger='interval' or budget='layer'.",
-                field="budget",
-            )
 
 
 _CHOICES: dict[str, tuple[str | bool | None, ...]] = {
     "init_weights": (True, False, "lora"),
-    "reservoir": ("principal", "minor", "gradient", "activation"),
+    "reservoir": ("principal", "minor", "gradient"),
     "select": ("score", "oldest"),
-    "budget": ("layer", "global"),
-    "trigger": ("interval", "settled"),
     "schedule": ("spread", "paper"),
     "score_reset": ("all", "replaced"),
     "optimizer_reset": ("keep", "zero", "corrected", "mean_v"),

@@ -1,4 +1,4 @@
-"""Which modules get more rank, and which pairs start again, under a budget for all of them."""
+"""Which modules get more rank, under a budget of ranks for all of them."""
 
 from __future__ import annotations
 
@@ -40,25 +40,3 @@ def growth(
         gains[i] = min(add, room[i], budget)
         budget -= gains[i]
     return gains
-
-
-def relative_lowest(scores: Sequence[Tensor], capacity: Sequence[int], count: int) -> Tensor:
-    """The `count` pairs of all modules whose scores are lowest relative to the mean of their module's.
-
-    A module gives at most its capacity; ties go to the earlier module and pair. Nothing is read from the device.
-
-    Args:
-        scores: (r_i,) of each module, none negative.
-
-    Returns:
-        (sum of r_i,) bool: which pairs, of one module after the other.
-    """
-    relative = []
-    for own, room in zip(scores, capacity, strict=True):
-        shares = own / own.mean().clamp_min(torch.finfo(own.dtype).tiny)
-        closed = own.argsort(stable=True)[room:]
-        relative.append(shares.index_fill(0, closed, torch.inf))
-    every = torch.cat(relative)
-    most = sum(min(len(own), room) for own, room in zip(scores, capacity, strict=True))
-    chosen = every.argsort(stable=True)[: min(count, most)]
-    return torch.zeros(len(every), dtype=torch.bool, device=every.device).index_fill_(0, chosen, True)

@@ -6,13 +6,6 @@ import math
 from typing import NamedTuple
 
 
-class Expected(NamedTuple):
-    """A layer's next event: its number, from 0, and the step after which it comes, 0 if none does."""
-
-    number: int
-    step: int
-
-
 class Plan(NamedTuple):
     """`per_event` pairs at most `events` times, every `interval` steps."""
 

@@ -1,9 +1,8 @@
 """Directions on which rank-one pairs start again: kept from the start, or sketched while training (see `sketch`).
 
-RA (k, in), RB (out, k) are k pairs that wait, in the order of their use. For directions of the gradient dL/dW or of the
-layer's input x there are none; a sketch Z (r + 4, in) is gathered in the backward passes of the last steps before an
-event, (g P)^T x of the one and (x P)^T x of the other, and new pairs start at (a, 0) with orthogonal rows a of its
-leading row space.
+RA (k, in), RB (out, k) are k pairs that wait, in the order of their use. For the gradient's directions there are none;
+the sketch Z (r + 4, in) of the weight's gradient is gathered in the backward passes of the last steps before an event,
+and new pairs start at (a, 0) with orthogonal rows a of its leading row space.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 
 from loratlas.engine import sketch
-from loratlas.engine.factors import Factors, accumulate
 from loratlas.engine.method import View
 from loratlas.engine.sharded import averaged, several_ranks, whole
 
@@ -44,7 +42,7 @@ def take(t: View, count: int) -> tuple[Tensor, Tensor]:
     return down, up
 
 
-def watch(draws: Sequence[tuple[View, int | None]], *, of_input: bool = False) -> None:
+def watch(draws: Sequence[tuple[View, int | None]]) -> None:
     """Let layers gather in the backward passes to come, each with the probe of this number; None: let it not.
 
     A probe is drawn once for all layers of a size and stays until `sketched`. It is a derived tensor: never saved,
@@ -55,19 +53,10 @@ def watch(draws: Sequence[tuple[View, int | None]], *, of_input: bool = False) -
         if number is None:
             forget(t)
         elif t.probe is None:
-            of = number, t.op.shape[int(of_input)], len(t.sketch), t.sketch.device
+            of = number, t.op.shape[0], len(t.sketch), t.sketch.device
             if of not in drawn:
                 drawn[of] = sketch.probe(*of[:3], like=t.sketch)
             t.layer.store("probe")[t.adapter] = drawn[of]
-
-
-def gathering(t: View, factors: Factors, *, of_input: bool) -> Factors:
-    """`factors` whose backward pass gathers, where the layer is watched."""
-    if t.probe is None:
-        return factors
-    if of_input:
-        return factors._replace(observe=lambda _, x: accumulate(t.sketch, t.probe, x, x))
-    return factors._replace(probe=t.probe, sketch=t.sketch)
 
 
 def share(views: Sequence[View]) -> None:
@@ -89,16 +78,10 @@ def forget(t: View) -> None:
         del t.layer.store("probe")[t.adapter]
 
 
-def empty(t: View) -> None:
-    """Forget what was gathered, and the probe with it; the next event has its own."""
-    if t.sketch is not None:
-        t.sketch.zero_()
-        forget(t)
-
-
 def sketched(t: View, slots: Tensor, length: float) -> tuple[Tensor, Tensor]:
     """(down, up) of new pairs for `slots` (k,) from the sketch, which is emptied; length: of the rows of down."""
     stays = torch.ones(len(t.A), dtype=torch.bool, device=slots.device).index_fill_(0, slots, False)
     rows = sketch.directions(t.sketch, len(slots), whole(t.A)[stays])
-    empty(t)
+    t.sketch.zero_()
+    forget(t)
     return rows * length, torch.zeros_like(whole(t.B)[:, slots])
