@@ -14,14 +14,14 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 from arms import LONG, QUICK, RANK, SETTINGS, Arm, Setting, adapted_arm
 from paired import RESULTS, Bar, Spread, Table, bars_table, ratio, save, shuffled
+from step_options import Out, Quick, Rounds, SettingNames, Threads
 
 from loratlas import SRLoraConfig
 from loratlas.commands.output import console
@@ -34,11 +34,11 @@ PROBES: dict[str, int | None] = {"gathers": 0, "does not": None}
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 9,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
-    setting: Annotated[list[str] | None, typer.Option(help="Only settings of these names; repeatable.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny encoders, to see that it runs.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "sketch.json",
+    rounds: Rounds = 9,
+    threads: Threads = 1,
+    setting: SettingNames = None,
+    quick: Quick = False,
+    out: Out = RESULTS / "sketch.json",
 ) -> None:
     quiet_libraries()
     torch.set_num_threads(threads)

@@ -15,13 +15,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from arms import ARMS, BF16, FP32, PARTS, QUICK, RANK, SETTINGS, TWINS, Arm, Setting, make_arm, takes_dropout, trained
 from paired import RESULTS, Bar, Spread, Table, bars_table, ratio, save, shuffled
+from step_options import Out, Quick, Rounds, SettingNames, Threads
 from torch import Tensor
 
 from loratlas.commands.output import console
@@ -34,13 +34,13 @@ GROWTH_COSTS = {"increlora": 1.15, "triadaptlora": 1.15}
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 6,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    rounds: Rounds = 6,
+    threads: Threads = 1,
     arm: Annotated[list[str] | None, typer.Option(help=f"Only these of {', '.join(ARMS)}; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="A method of the catalogue as a further arm.")] = None,
-    setting: Annotated[list[str] | None, typer.Option(help="Only settings of these names; repeatable.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny encoders, to see that it runs.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "step.json",
+    setting: SettingNames = None,
+    quick: Quick = False,
+    out: Out = RESULTS / "step.json",
 ) -> None:
     quiet_libraries()
     torch.set_num_threads(threads)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +20,7 @@ import typer
 from arms import QUICK, RANK, SETTINGS, Arm, Setting, make_arm, trained
 from paired import RESULTS, Bar, Spread, Table, bars_table, ratio, save
 from step import take_turns
+from step_options import Out, Quick, Rounds, Threads
 
 from loratlas.commands.output import console
 from loratlas.commands.quiet import quiet_libraries
@@ -39,12 +39,12 @@ REASONS = {
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds.")] = 5,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of torch.")] = 1,
+    rounds: Rounds = 5,
+    threads: Threads = 1,
     method: Annotated[list[str] | None, typer.Option(help="Only these methods of the catalogue; repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only fp32 or bf16.")] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Tiny encoders, to see that it runs.")] = False,
-    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = RESULTS / "step_methods.json",
+    quick: Quick = False,
+    out: Out = RESULTS / "step_methods.json",
 ) -> None:
     quiet_libraries()
     torch.set_num_threads(threads)

@@ -31,7 +31,7 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     yield script
     torch.set_num_threads(threads)
-    for name in {"arms", "paired", "step", "curves", "markdown_table"} - known:
+    for name in {"arms", "paired", "step", "step_options", "curves", "markdown_table"} - known:
         sys.modules.pop(name, None)
 
 

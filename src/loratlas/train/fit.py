@@ -58,17 +58,18 @@ def misfits(runs: dict[str, RunSpec], task: TaskData) -> list[str]:
     """What keeps any of `runs` from being built on the model; tried without storage, so it costs next to nothing."""
     problems: list[str] = []
     for name, spec in runs.items():
-        if any(cast(spec).problems()):
+        members = cast(spec)
+        if any(members.problems()):
             continue  # said already
         try:
             model = empty_model(spec.model, task)
         except UserError as error:
             return [str(error)]
         try:
-            _build(cast(spec), model, task)
+            _build(members, model, task)
         except UserError as error:
             problems.append(f"{name}: {' '.join(str(error).split())}")
-        problems += [text for _, text in cast(spec).lacking(vars(task))]
+        problems += [text for _, text in members.lacking(vars(task))]
     return problems or _idle(runs, task)
 
 

@@ -125,7 +125,7 @@ def adapt(model: nn.Module, config: PeftConfig) -> PeftModel:
 def own_order(model: Any, rows: Dataset, arguments: TrainingArguments) -> Sampler[int] | None:
     """The order in which the adapter's method wants the training rows, see `Method.order`; None: the usual one."""
     method = getattr(model.base_model, "method", None) if isinstance(model, PeftModel) else None
-    if method is None:
+    if method is None or not method.overrides("order"):
         return None
     per_step = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
     lengths = text_lengths(rows) if arguments.train_sampling_strategy == "group_by_length" else None
